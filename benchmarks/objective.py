@@ -1,0 +1,238 @@
+"""The objective against CLM: time of forward + backward, and memory above weights and weight gradients.
+
+    python -m benchmarks.objective            # the last line is one JSON object
+
+Three ways through the same head, the same positions: `fused` (two teachers fused, then the objective), `clm` (the
+same fused head, no teachers) and `dense` (all logits, then cross_entropy). Times are medians of interleaved
+repeats in one process, wall clock on a CPU, events on a GPU. Memory is measured once a way: on a CPU in a process
+of its own as the growth of its peak resident set during the step (the kernel's high-water mark, reset before),
+less the head's gradient; on a GPU by the allocator's peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fusellm_ray.config import FusionConfig, ObjectiveConfig
+from fusellm_ray.fusion.fuse import Candidates, fuse
+from fusellm_ray.fusion.loss import objective
+
+WAYS = ("fused", "clm", "dense")
+SEGMENT_TOKENS = 256
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    if args.memory_of:
+        print(json.dumps(measure_memory(args, args.memory_of)))
+        return
+    memory = {way: memory_of(args, way) for way in WAYS}
+    times, cpu_times = measure_times(args)
+    seconds = {way: statistics.median(times[way]) for way in WAYS}
+    for way in WAYS:
+        spread = f"{min(times[way]):.3f} to {max(times[way]):.3f}"
+        print(
+            f"{way:6} {seconds[way]:8.3f} s ({spread})   {memory[way] / 2**20:9.1f} MiB above weights and gradients"
+        )
+    report = {
+        "time_over_fused_clm": seconds["fused"] / seconds["clm"],
+        "time_over_dense_clm": seconds["fused"] / seconds["dense"],
+        "peak_memory_over_dense_clm": memory["fused"] / memory["dense"],
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        **{key: getattr(args, key) for key in ("dtype", "threads", "repeats", "vocab_size", "hidden_size")},
+        **{
+            key: getattr(args, key)
+            for key in ("positions", "top_k", "chunk_tokens", "rule", "divergence", "tail")
+        },
+        "seconds": {way: round(seconds[way], 4) for way in WAYS},
+        "memory_mib": {way: round(memory[way] / 2**20, 1) for way in WAYS},
+    }
+    if args.device == "cpu":
+        cpu = {way: statistics.median(cpu_times[way]) for way in WAYS}
+        report["cpu_time_over_fused_clm"] = cpu["fused"] / cpu["clm"]
+        report["cpu_time_over_dense_clm"] = cpu["fused"] / cpu["dense"]
+    print(json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in report.items()}))
+
+
+def parse_args() -> argparse.Namespace:
+    has_gpu = torch.cuda.is_available()
+    fusion, loss = FusionConfig(), ObjectiveConfig()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--vocab-size", type=int, default=152_000)
+    parser.add_argument("--hidden-size", type=int, default=1024)
+    parser.add_argument("--positions", type=int, default=2048)
+    parser.add_argument("--top-k", type=int, default=16)
+    parser.add_argument("--chunk-tokens", type=int, default=loss.chunk_tokens)
+    parser.add_argument("--rule", default=fusion.rule, choices=["min_ce", "avg_ce", "mean"])
+    parser.add_argument("--divergence", default=loss.divergence)
+    parser.add_argument("--tail", default=loss.tail)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if has_gpu else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--dtype", default="bfloat16" if has_gpu else "float32", choices=["float32", "bfloat16"]
+    )
+    parser.add_argument("--memory-of", choices=WAYS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+class Step:
+    """Forward and backward of one batch: hidden states and head are leaves, as a trainer's are."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        rng = torch.Generator().manual_seed(0)
+        N, V, d = args.positions, args.vocab_size, args.hidden_size
+        dtype = getattr(torch, args.dtype)
+        self.weight = torch.randn(V, d, generator=rng).mul_(d**-0.5).to(args.device, dtype).requires_grad_()
+        self.hidden = torch.randn(N, d, generator=rng).mul_(3).to(args.device, dtype).requires_grad_()
+        self.gold = torch.randint(V, (N,), generator=rng).to(args.device)
+        self.teachers = [
+            random_teacher(self.gold.cpu(), V, args.top_k, rng).to(args.device) for _ in range(2)
+        ]
+        self.gold_bytes = torch.randint(1, 9, (N,), generator=rng).to(args.device)
+        self.segment = (torch.arange(N) // SEGMENT_TOKENS).to(args.device)
+        self.fusion = FusionConfig(rule=args.rule)
+        self.objective = ObjectiveConfig(
+            divergence=args.divergence, tail=args.tail, chunk_tokens=args.chunk_tokens
+        )
+
+    def fused(self) -> None:
+        fused = fuse(
+            self.teachers,
+            config=self.fusion,
+            segment=self.segment,
+            row=torch.zeros_like(self.segment),
+            gold_bytes=self.gold_bytes,
+        )
+        self._head(fused)
+
+    def clm(self) -> None:
+        self._head(None)
+
+    def dense(self) -> None:
+        F.cross_entropy(self.hidden @ self.weight.t(), self.gold).backward()
+
+    def _head(self, fused: Candidates | None) -> None:
+        count = float(len(self.gold))
+        objective(
+            self.hidden, self.weight, None, self.gold, fused, config=self.objective, denominator=count
+        ).loss.backward()
+
+    def run(self, way: str) -> None:
+        self.hidden.grad = self.weight.grad = None
+        getattr(self, way)()
+
+    @property
+    def gradient_bytes(self) -> int:
+        return self.weight.numel() * self.weight.element_size()
+
+
+def random_teacher(gold: Tensor, vocab_size: int, top_k: int, rng: torch.Generator) -> Candidates:
+    """Distinct candidates, never gold, of masses as peaked as a model's; one position in twenty without any."""
+    N = len(gold)
+    stride = vocab_size // (top_k + 1)
+    ids = gold[:, None] + 1 + torch.arange(top_k) * stride + torch.randint(stride - 1, (N, 1), generator=rng)
+    masses = torch.rand(N, top_k + 2, generator=rng).pow(4).add(1e-6)
+    logs = (masses / masses.sum(1, keepdim=True)).log()
+    logprobs = logs[:, :top_k].sort(dim=1, descending=True).values
+    valid = torch.rand(N, generator=rng) > 0.05
+    return Candidates(ids % vocab_size, logprobs, logs[:, top_k], logs[:, top_k + 1], valid)
+
+
+# ---------------------------------------------------------------------------------------- time
+
+
+def measure_times(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    step = Step(args)
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    cpu_times: dict[str, list[float]] = {way: [] for way in WAYS}
+    warm_up(args)
+    for repeat in range(args.repeats):
+        # The order turns, so that no way always follows the same other.
+        for way in WAYS[repeat % len(WAYS) :] + WAYS[: repeat % len(WAYS)]:
+            cpu_start = time.process_time()
+            times[way].append(timed(lambda way=way: step.run(way), args.device))  # type: ignore[misc]
+            cpu_times[way].append(time.process_time() - cpu_start)
+    return times, cpu_times
+
+
+def timed(run: Callable[[], None], device: str) -> float:
+    if device == "cpu":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def warm_up(args: argparse.Namespace) -> None:
+    """All code paths once; on a GPU at full size, where kernels are chosen by shape."""
+    small = argparse.Namespace(**vars(args))
+    if args.device == "cpu":
+        small.positions, small.vocab_size, small.chunk_tokens = 64, 8 * args.top_k + 64, 32
+    step = Step(small)
+    for way in WAYS:
+        step.run(way)
+
+
+# -------------------------------------------------------------------------------------- memory
+
+
+def memory_of(args: argparse.Namespace, way: str) -> int:
+    if args.device == "cuda":
+        return measure_memory(args, way)
+    command = [sys.executable, "-m", "benchmarks.objective", *sys.argv[1:], "--memory-of", way]
+    return int(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+
+def measure_memory(args: argparse.Namespace, way: str) -> int:
+    """Bytes a step needs at its peak, above its inputs and the gradient of the head."""
+    warm_up(args)
+    step = Step(args)
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step.run(way)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before - step.gradient_bytes
+    before = reset_peak()
+    step.run(way)
+    return peak_bytes() - before - step.gradient_bytes
+
+
+def reset_peak() -> int:
+    """Set the process's peak resident set to its present one (Linux), and give it."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """The kernel's high-water mark; getrusage's would also remember what reset_peak forgot."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The command line: parses first, imports torch, ray or transformers only when a command runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+import fusellm_ray
+from fusellm_ray.errors import FuseLLMError
+
+INTERRUPTED = 130
+"""Exit code after a requested stop: the run is saved, and not finished."""
+
+
+class _Commands(click.Group):
+    """Shows errors meant for people as one message, without a traceback."""
+
+    def invoke(self, context: click.Context) -> object:
+        try:
+            return super().invoke(context)
+        except FuseLLMError as error:
+            click.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+
+
+@click.group(
+    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(fusellm_ray.__version__)
+def main() -> None:
+    """Fuse the knowledge of several language models into one, live, on Ray."""
+
+
+@main.command()
+@click.option("--seed", default=0, show_default=True, help="Seed of the data order.")
+@click.option("--steps", type=click.IntRange(min=1), help="Optimiser steps of each arm.")
+@click.option("--cache", type=click.Path(path_type=Path), help="Where the models are kept.")
+@click.option("--fresh", is_flag=True, help="Train again even if this seed's runs are finished.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the table as JSON, too.")
+def quickstart(seed: int, steps: int | None, cache: Path | None, fresh: bool, json_path: Path | None) -> None:
+    """Build three small experts from text on this machine, and fuse them into a fourth model."""
+    from fusellm_ray.quickstart.run import run_quickstart
+
+    sys.exit(run_quickstart(seed=seed, steps=steps, cache=cache, fresh=fresh, json_path=json_path))
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[a.b=value ...]")
+@click.option(
+    "--allow-changes", is_flag=True, help="Resume even if models, tokenizers or corpus have changed."
+)
+def train(config: Path, overrides: tuple[str, ...], allow_changes: bool) -> None:
+    """Train the target of CONFIG with its teachers; run it again to resume."""
+    from fusellm_ray.config import load_config
+
+    settings = load_config(config, overrides)  # refuse before the seconds that the imports below take
+    from fusellm_ray.job import run_job
+
+    outcome = run_job(settings, allow_changes=allow_changes)
+    sys.exit(0 if outcome.is_finished else INTERRUPTED)
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[a.b=value ...]")
+@click.option("--no-cluster", is_flag=True, help="Do not compare with a cluster's resources.")
+def check(config: Path, overrides: tuple[str, ...], no_cluster: bool) -> None:
+    """Refuse what cannot work before anything starts, and print the plan of the run."""
+    from fusellm_ray.config import load_config
+
+    settings = load_config(config, overrides)
+    from fusellm_ray.plan import make_plan, print_plan
+
+    print_plan(make_plan(settings, with_cluster=not no_cluster))
+
+
+@main.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--corpus", "corpora", multiple=True, required=True, metavar="NAME=PATH", help="Held-out text.")
+@click.option(
+    "--field", default="text", show_default=True, help="Key of the text in JSONL or Parquet records."
+)
+@click.option("--max-bytes", default=200_000, show_default=True, help="Bytes of each corpus that are scored.")
+@click.option("--context", type=click.IntRange(min=2), help="Tokens read at once (default: at most 2048).")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures as JSON, too.")
+def evaluate(
+    models: tuple[str, ...],
+    corpora: tuple[str, ...],
+    field: str,
+    max_bytes: int,
+    context: int | None,
+    dtype: str,
+    threads: int | None,
+    json_path: Path | None,
+) -> None:
+    """Bits per byte of Hugging Face models on text files; lower is better."""
+    from fusellm_ray.evaluate.table import evaluate_models
+
+    evaluate_models(
+        models,
+        corpora,
+        field=field,
+        max_bytes=max_bytes,
+        context=context,
+        dtype=dtype,
+        threads=threads,
+        json_path=json_path,
+    )
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[a.b=value ...]")
+@click.option("--into", "out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--step", type=int, help="Checkpoint of this step (default: the latest).")
+def export(config: Path, overrides: tuple[str, ...], out: Path, step: int | None) -> None:
+    """Write a run's checkpoint as a folder that AutoModelForCausalLM loads, tokenizer included."""
+    from fusellm_ray.config import load_config
+
+    settings = load_config(config, overrides)
+    from fusellm_ray.job import export_run
+
+    folder = export_run(settings, out, step=step)
+    click.echo(f"wrote {folder}")

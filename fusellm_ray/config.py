@@ -1,0 +1,505 @@
+"""The configuration of a run: one frozen tree, read from YAML, checked before anything starts.
+
+    preset (optional)  <  the YAML file  <  dotted overrides ("objective.clm_weight=0.5")
+
+Every key has a docstring under it; an unknown key is refused with the name that was probably meant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fusellm_ray.errors import ConfigError
+
+
+class Frozen(BaseModel):
+    """Immutable, and refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+# ---------------------------------------------------------------------------------------- models
+
+
+class ModelConfig(Frozen):
+    """A Hugging Face causal language model: a folder, or a hub id."""
+
+    model: str
+    """Folder with config.json and safetensors, or a hub id."""
+    revision: str | None = None
+    """Hub revision: a branch, a tag or a commit."""
+    trust_remote_code: bool = False
+    """Run code that ships with the model. Off unless you have read that code."""
+
+
+class LoraConfig(Frozen):
+    """Low-rank adapters in place of full fine-tuning (PEFT)."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+
+
+class TargetConfig(ModelConfig):
+    """The model that is trained."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute precision. Weights, gradients' reduction and optimiser state stay float32."""
+    attention: Literal["sdpa", "flex_attention", "flash_attention_2", "eager"] = "sdpa"
+    """Attention implementation; each keeps documents of one row apart."""
+    activation_checkpointing: bool = False
+    """Recompute activations in backward: less memory, about a third more compute."""
+    compile: bool = False
+    """torch.compile the transformer blocks."""
+    lora: LoraConfig | None = None
+    """Train adapters only; export merges them."""
+
+
+class TransformersEngine(Frozen):
+    """The reference engine: a transformers model on any device."""
+
+    type: Literal["transformers"] = "transformers"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_batch_tokens: int = Field(default=4096, ge=1)
+    """Tokens (padding included) in one forward pass; bounds memory."""
+    threads: int = Field(default=1, ge=1)
+    """Intra-op threads on a CPU."""
+
+
+class VllmEngine(Frozen):
+    """vLLM, for GPUs."""
+
+    type: Literal["vllm"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    max_num_batched_tokens: int = Field(default=8192, ge=1)
+    """Prompt tokens in one engine step. The logits of a step are held at once, outside vLLM's memory profile."""
+    max_num_seqs: int = Field(default=64, ge=1)
+    gpu_memory_utilization: float = Field(default=0.8, gt=0, le=1)
+    lora: str | None = None
+    """Folder of a PEFT adapter that is applied to the model."""
+    args: dict[str, Any] = {}
+    """Any further engine argument, by vLLM's own name; checked against vLLM's."""
+
+
+class SimulatedEngine(Frozen):
+    """No weights: a cost model with deterministic answers, to measure the pipeline itself."""
+
+    type: Literal["simulated"]
+    tokens_per_s: float = Field(default=float("inf"), gt=0)
+    """Scoring speed of one replica."""
+    startup_s: float = Field(default=0.0, ge=0)
+    jitter: float = Field(default=0.0, ge=0)
+    """Standard deviation of a request's duration, as a share of it."""
+    failure_rate: float = Field(default=0.0, ge=0, le=1)
+    """Chance that a request raises."""
+
+
+EngineConfig = Annotated[TransformersEngine | VllmEngine | SimulatedEngine, Field(discriminator="type")]
+
+
+class Replicas(Frozen):
+    """How many copies of one teacher run at once."""
+
+    min: int = Field(default=1, ge=1)
+    max: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Replicas:
+        if self.min > self.max:
+            raise ValueError(f"min={self.min} exceeds max={self.max}; raise max or lower min")
+        return self
+
+
+class Resources(Frozen):
+    """What one replica asks Ray for."""
+
+    num_cpus: float = Field(default=1.0, ge=0)
+    num_gpus: float = Field(default=0.0, ge=0)
+    """A fraction shares a GPU between replicas."""
+    custom: dict[str, float] = {}
+    """Custom Ray resources, for instance {teacher_slot: 1}."""
+
+
+class TeacherConfig(ModelConfig):
+    """A source model whose knowledge is fused into the target."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """How tables, metrics and errors call it."""
+    engine: EngineConfig = TransformersEngine()
+    top_k: int = Field(default=16, ge=1)
+    """Candidates kept per position; the gold token is carried besides."""
+    weight: float = Field(default=1.0, gt=0)
+    """Its share under `fusion.rule: weighted`."""
+    max_context: int | None = Field(default=None, ge=2)
+    """Tokens the model reads at once; default: what its config says."""
+    replicas: Replicas = Replicas()
+    resources: Resources = Resources()
+
+
+# ---------------------------------------------------------------------------------------- corpus
+
+
+class SourceConfig(Frozen):
+    """Documents of one domain. Give `path` (local files) or `dataset` (a Hugging Face dataset)."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """The domain: figures are shown per source."""
+    path: str | None = None
+    """A file, a folder or a glob pattern of JSONL, Parquet or text."""
+    dataset: str | None = None
+    """Hub id, or a folder written by `Dataset.save_to_disk`."""
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    format: Literal["auto", "jsonl", "parquet", "text"] = "auto"
+    """Of `path`; auto goes by the file's ending. A text file is one document."""
+    field: str = "text"
+    """The record's key (JSONL, Parquet, dataset) that holds the text."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of the bytes read, relative to the other sources."""
+    streaming: bool = False
+    """Read a dataset as it comes instead of downloading it first."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> SourceConfig:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError(f"source {self.name!r}: give exactly one of path and dataset")
+        return self
+
+
+class CorpusConfig(Frozen):
+    """What is read, and how it is cut into rows of target tokens."""
+
+    sources: list[SourceConfig] = Field(min_length=1)
+    row_tokens: int = Field(default=2048, ge=8)
+    """Target tokens a row."""
+    shuffle: bool = True
+    """Visit documents in an order drawn from run.seed, another one each epoch (not for streaming sources)."""
+
+    @field_validator("sources")
+    @classmethod
+    def _distinct(cls, sources: list[SourceConfig]) -> list[SourceConfig]:
+        _refuse_duplicates("source", [s.name for s in sources])
+        return sources
+
+
+# ---------------------------------------------------------------------------------------- method
+
+
+class AlignmentConfig(Frozen):
+    """How a teacher's distributions come to the target's positions and vocabulary."""
+
+    sequence: Literal["span", "dtw"] = "span"
+    """span: byte boundaries. dtw: the paper's dynamic time warping over token strings."""
+    straddle: Literal["mask", "onehot", "condition"] = "condition"
+    """What a position gets whose boundary lies inside a teacher token (span only)."""
+    projection: Literal["exact", "mined", "prefix"] = "prefix"
+    """How teacher ids become target ids; mined is the paper's."""
+
+
+class FusionConfig(Frozen):
+    """How several teachers become one distribution."""
+
+    rule: Literal["min_ce", "avg_ce", "mean", "weighted", "none"] = "min_ce"
+    """none: no teacher is listened to or started; the CLM baseline."""
+    granularity: Literal["token", "segment", "row"] = "segment"
+    """The unit over which min_ce and avg_ce compare teachers."""
+    unit: Literal["nats_per_byte", "nats_per_token"] = "nats_per_byte"
+    """Of the cross-entropies compared; nats_per_token (the paper) is per the teacher's own token."""
+    temperature: float = Field(default=1.0, gt=0)
+    """τ of avg_ce: weights are softmax(−CE / τ)."""
+    paper_weights: bool = False
+    """avg_ce weighs by softmax(exp(−CE)) as the published code does."""
+    gate: Literal["none", "live_target"] = "none"
+    """live_target: CLM only on segments where the target is, by now, better than the fused teachers."""
+
+
+class ObjectiveConfig(Frozen):
+    """loss = clm_weight · CLM + (1 − clm_weight) · divergence(fused ‖ target)."""
+
+    clm_weight: float = Field(default=0.9, ge=0, le=1)
+    """λ in the paper."""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    tail: Literal["bucket", "renormalise", "drop"] = "bucket"
+    """What becomes of the mass outside the top-k: one extra outcome, renormalised away, or ignored."""
+    chunk_tokens: int = Field(default=1024, ge=1)
+    """Positions whose logits exist at once."""
+
+
+class TrainingConfig(Frozen):
+    """The optimisation."""
+
+    steps: int = Field(ge=1)
+    batch_rows: int = Field(default=8, ge=1)
+    """Rows in one optimiser step, over all ranks."""
+    micro_rows: int = Field(default=1, ge=1)
+    """Rows in one forward pass of one rank."""
+    lr: float = Field(default=1e-5, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = Field(default=0.008, ge=0, le=1)
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Learning rate at the end, as a share of lr."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip_norm: float = Field(default=1.0, gt=0)
+    max_skipped_steps: int = Field(default=3, ge=0)
+    """Steps with a non-finite loss or gradient that are skipped before the run stops with an error."""
+
+
+class TrainerConfig(Frozen):
+    """The Ray Train worker group."""
+
+    workers: int = Field(default=1, ge=1)
+    use_gpu: bool = False
+    resources_per_worker: dict[str, float] = {}
+    """Asked of Ray for each rank besides its GPU; for instance {train_slot: 1}."""
+    threads: int = Field(default=1, ge=1)
+    """Intra-op threads of a rank on a CPU."""
+    max_failures: int = Field(default=3, ge=0)
+    """Times the worker group is restarted from its last checkpoint."""
+
+
+class StreamConfig(Frozen):
+    """Requests from ranks to teachers."""
+
+    in_flight_tokens: int = Field(default=65536, ge=1)
+    """Target tokens a rank may have in flight at one teacher (at least one batch is always allowed)."""
+    in_flight_bytes: int = Field(default=256 << 20, ge=1 << 20)
+    """Frame bytes a rank may have in flight over all teachers; keep well under the object store."""
+    deadline_s: float = Field(default=600.0, gt=0)
+    """How long a rank waits for a teacher's answer, restarts included, before it gives up."""
+
+
+class EvaluationConfig(Frozen):
+    """Held-out text, scored during training and at its end in bits per byte."""
+
+    sources: list[SourceConfig] = []
+    every_steps: int | None = Field(default=None, ge=1)
+    """Default: at the end only."""
+    max_bytes: int = Field(default=200_000, ge=1)
+    """Bytes of each source that are scored."""
+
+    @field_validator("sources")
+    @classmethod
+    def _distinct(cls, sources: list[SourceConfig]) -> list[SourceConfig]:
+        _refuse_duplicates("evaluation source", [s.name for s in sources])
+        return sources
+
+
+class CheckpointConfig(Frozen):
+    """When training state is saved, and how much of it is kept."""
+
+    every_steps: int = Field(default=100, ge=1)
+    keep: int = Field(default=2, ge=1)
+    """Latest checkpoints kept."""
+
+
+class RunConfig(Frozen):
+    """Where a run lives. The same name and storage again means: resume."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    storage: str = "~/fusellm_runs"
+    """Folder or URI (s3://…, gs://…) reachable from every node."""
+    seed: int = 0
+    start_timeout_s: float = Field(default=900.0, gt=0)
+    """How long to wait for the cluster to give what the run asks for (an autoscaler may need minutes)."""
+
+
+class Config(Frozen):
+    """A run."""
+
+    run: RunConfig
+    target: TargetConfig
+    teachers: list[TeacherConfig] = []
+    corpus: CorpusConfig
+    alignment: AlignmentConfig = AlignmentConfig()
+    fusion: FusionConfig = FusionConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    training: TrainingConfig
+    trainer: TrainerConfig = TrainerConfig()
+    stream: StreamConfig = StreamConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        _refuse_duplicates("teacher", [t.name for t in self.teachers])
+        if self.fusion.rule != "none" and not self.teachers:
+            raise ValueError(
+                f"fusion.rule={self.fusion.rule} needs teachers; add some or set fusion.rule=none"
+            )
+        if self.trainer.workers > self.training.batch_rows:
+            raise ValueError(
+                f"trainer.workers={self.trainer.workers} exceeds training.batch_rows={self.training.batch_rows}: "
+                "a rank would get no row; lower workers or raise batch_rows"
+            )
+        return self
+
+    @property
+    def active_teachers(self) -> list[TeacherConfig]:
+        """The teachers this run starts: none for the CLM baseline."""
+        return [] if self.fusion.rule == "none" else self.teachers
+
+
+PRESETS: Mapping[str, dict[str, Any]] = {
+    "paper": {
+        "alignment": {"sequence": "dtw", "straddle": "onehot", "projection": "mined"},
+        "fusion": {"rule": "min_ce", "granularity": "row", "unit": "nats_per_token"},
+        "objective": {"clm_weight": 0.9, "divergence": "forward_kl", "tail": "renormalise"},
+        "training": {
+            "batch_rows": 128,
+            "lr": 1e-5,
+            "schedule": "cosine",
+            "warmup_ratio": 0.008,
+            "betas": [0.9, 0.95],
+            "weight_decay": 0.1,
+            "clip_norm": 1.0,
+        },
+    },
+}
+"""Named starting points; `preset: paper` selects the paper's choice everywhere (arXiv 2401.10491)."""
+
+
+# ---------------------------------------------------------------------------------------- loading
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file, apply dotted overrides, and validate.
+
+    Args:
+        path: the YAML file. Relative paths in it are left as they are: relative to where the run starts.
+        overrides: `key.path=value` strings; values are YAML, list items go by index (`teachers.0.top_k=8`).
+
+    Raises:
+        ConfigError: naming every problem, one a line.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"config {path}: cannot be read ({error.strerror}); give the path of a YAML file"
+        ) from error
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {path}: expected a mapping of sections, got {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, where=str(path))
+
+
+def parse_config(tree: Mapping[str, Any], where: str = "config") -> Config:
+    """Validate an already parsed tree; `preset` in it names a starting point."""
+    tree = dict(tree)
+    preset = tree.pop("preset", None)
+    if preset is not None:
+        if preset not in PRESETS:
+            raise ConfigError(f"{where}: preset {preset!r} is unknown; known: {', '.join(PRESETS)}")
+        tree = _merge(PRESETS[preset], tree)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(detail) for detail in error.errors()]
+        raise ConfigError(f"{where}: {len(lines)} problem(s)\n  " + "\n  ".join(lines)) from None
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    if not separator or not dotted:
+        raise ConfigError(f"override {override!r}: expected key.path=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    node: Any = tree
+    *parents, last = dotted.split(".")
+    for depth, key in enumerate(parents):
+        here = ".".join(parents[: depth + 1])
+        if isinstance(node, list):
+            node = node[_index(node, key, override)]
+        else:
+            if node.get(key) is None:
+                node[key] = {}
+            node = node[key]
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"override {override!r}: {here} is a value, not a section")
+    if isinstance(node, list):
+        node[_index(node, last, override)] = value
+    else:
+        node[last] = value
+
+
+def _index(items: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(items):
+        raise ConfigError(f"override {override!r}: {key!r} is no index of a list of {len(items)}")
+    return int(key)
+
+
+def _refuse_duplicates(kind: str, names: list[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"two {kind}s are named {twice[0]!r}; give each its own name")
+
+
+def _explain(detail: Any) -> str:
+    location = [part for part in detail["loc"] if part not in ("transformers", "vllm", "simulated")]
+    where = ".".join(str(part) for part in location) or "config"
+    if detail["type"] == "extra_forbidden":
+        known = _known_keys(detail["loc"][:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        meant = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{where}: unknown key; {meant}"
+    if detail["type"] == "missing":
+        return f"{where}: required, and not given"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    seen = detail.get("input")
+    shown = f" (got {seen!r})" if isinstance(seen, str | int | float | bool) or seen is None else ""
+    return f"{where}: {message}{shown}"
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    """Keys of the section at `location`, an error's path from the root."""
+    annotation: Any = Config
+    for part in location:
+        if isinstance(part, int):
+            (annotation,) = typing.get_args(annotation)
+            continue
+        models = _models(annotation)
+        tagged = [
+            m
+            for m in models
+            if "type" in m.model_fields and part in typing.get_args(m.model_fields["type"].annotation)
+        ]
+        if tagged:
+            annotation = tagged[0]
+            continue
+        fields = {name: field.annotation for m in models for name, field in m.model_fields.items()}
+        annotation = fields[part]
+    return sorted({name for m in _models(annotation) for name in m.model_fields})
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated):
+        return [m for a in typing.get_args(annotation) for m in _models(a)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []

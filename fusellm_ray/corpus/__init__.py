@@ -1,0 +1,1 @@
+"""Text in, rows of target tokens out: `source` reads documents, `tokens` encodes, `rows` packs."""

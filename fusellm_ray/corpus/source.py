@@ -1,0 +1,397 @@
+"""Sources → documents, sharded and resumable without end.
+
+    files ── checked, converted once to Arrow ──┐
+    hub or saved dataset (Arrow) ───────────────┴ random access ──┐
+    streaming dataset or files ───────────────────── in order ────┴ shard i of n → documents
+
+The order is a function of the sources, the seed and the number of shards alone. Document i of a source,
+counted without empty documents and in the epoch's order, belongs to shard i % n. A source with fewer documents
+than shards is cut into as many shards as it has documents, and shard i reads shard i % that number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+
+from fusellm_ray.config import CorpusConfig, SourceConfig
+from fusellm_ray.corpus.files import check_column, checked_text, find_files, read_records
+from fusellm_ray.errors import CorpusError
+
+_SCAN_ROWS = 10_000
+_FEISTEL_ROUNDS = 8
+_MASK64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    text: str
+    domain: str
+    """The source's name."""
+    name: str
+    """Where it came from, for errors: "data.jsonl:17"."""
+    epoch: int = 0
+    """Times its source had been read to the end before."""
+
+
+class Corpus:
+    """Opened sources.
+
+    Example:
+        corpus = Corpus.open(config.corpus, seed=0)
+        documents = corpus.documents(shard=3, num_shards=8)
+        document = next(documents)
+        again = corpus.documents(3, 8, documents.cursor())   # goes on with the next document
+    """
+
+    def __init__(self, sources: list[ArrowSource | StreamSource], shuffle: bool, seed: int) -> None:
+        self.sources = sources
+        self._shuffle = shuffle
+        self._seed = seed
+        identity = [shuffle, seed, [source.identity for source in sources]]
+        self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    def open(cls, config: CorpusConfig, seed: int) -> Corpus:
+        """Open and check all sources; local files are converted to Arrow in the datasets cache, once.
+
+        Raises:
+            CorpusError: a source is missing or empty, or a record lacks its field, is no string or no UTF-8.
+        """
+        return cls([_open_source(source) for source in config.sources], config.shuffle, seed)
+
+    def documents(
+        self, shard: int, num_shards: int, cursor: Mapping[str, Any] | None = None
+    ) -> DocumentReader:
+        """Shard `shard` of `num_shards`, from its start or from where a reader's `cursor()` was taken."""
+        return DocumentReader(self.sources, shard, num_shards, self._seed if self._shuffle else None, cursor)
+
+
+class DocumentReader:
+    """One shard's documents, for ever; next comes the source that is furthest behind its share of bytes."""
+
+    def __init__(
+        self,
+        sources: list[ArrowSource | StreamSource],
+        shard: int,
+        num_shards: int,
+        seed: int | None,
+        cursor: Mapping[str, Any] | None,
+    ) -> None:
+        self._place = [shard, num_shards]
+        self._sources = sources
+        states: Mapping[str, Any] = {}
+        if cursor is not None:
+            names = sorted(source.name for source in sources)
+            if cursor["place"] != self._place or sorted(cursor["sources"]) != names:
+                raise CorpusError(
+                    f"the cursor is of shard {cursor['place']} and sources {sorted(cursor['sources'])}, "
+                    f"this reader of shard {self._place} and sources {names}; "
+                    "resume with the configuration of the first start"
+                )
+            states = cursor["sources"]
+        self._shards = [source.shard(shard, num_shards, seed, states.get(source.name)) for source in sources]
+
+    def __iter__(self) -> DocumentReader:
+        return self
+
+    def __next__(self) -> Document:
+        behind = min(
+            range(len(self._sources)),
+            key=lambda i: self._shards[i].state["bytes"] / self._sources[i].weight,
+        )
+        shard = self._shards[behind]
+        text, name, epoch = shard.next()
+        shard.state["bytes"] += len(text) if text.isascii() else len(text.encode())
+        return Document(text, self._sources[behind].name, name, epoch)
+
+    def cursor(self) -> dict[str, Any]:
+        """Small and JSON-able; a reader made from it continues with the next document."""
+        states = zip(self._sources, self._shards, strict=True)
+        return {"place": self._place, "sources": {source.name: dict(shard.state) for source, shard in states}}
+
+    @property
+    def epochs(self) -> dict[str, int]:
+        """Complete passes through this shard of each source."""
+        return {s.name: shard.state["epoch"] for s, shard in zip(self._sources, self._shards, strict=True)}
+
+
+# ------------------------------------------------------------------------------------ random access
+
+
+class ArrowSource:
+    """A memory-mapped dataset whose documents can be read in any order."""
+
+    def __init__(self, config: SourceConfig, dataset: datasets.Dataset, field: str, files: list[str]) -> None:
+        """`files` names the records' files; empty for a dataset of the hub's."""
+        self.name, self.weight = config.name, config.weight
+        self._dataset = dataset.select_columns([field, "file", "number"] if files else [field])
+        self._origin, self._field, self._files = str(config.dataset), field, files
+        check_column(dataset.features.arrow_schema, field, f"source {config.name!r}")
+        lengths = self._text_lengths()
+        self.num_documents = int(np.count_nonzero(lengths))
+        self.num_empty = len(lengths) - self.num_documents
+        self.num_bytes = int(lengths.sum())
+        # Memory only where it is needed: nearly always every document has text.
+        self._rows = np.flatnonzero(lengths) if self.num_empty else None
+        if not self.num_documents:
+            raise CorpusError(f"source {config.name!r}: {len(lengths)} documents, none of them with any text")
+        self.identity = [_settings(config), files, len(lengths), self.num_bytes]
+
+    def _text_lengths(self) -> npt.NDArray[np.int64]:
+        lengths, row = [np.zeros(0, np.int64)], 0
+        for batch in self._dataset.with_format("arrow").iter(batch_size=_SCAN_ROWS):
+            column = batch.column(self._field)
+            if column.null_count:
+                row += pc.index(pc.is_null(column), True).as_py()
+                raise CorpusError(
+                    f"source {self.name!r}: field {self._field!r} of row {row} is null, not a string"
+                )
+            lengths.append(pc.binary_length(column).to_numpy().astype(np.int64))
+            row += len(column)
+        return np.concatenate(lengths)
+
+    def read(self, index: int) -> tuple[str, str]:
+        """Text and name of the document with this index among those that are not empty."""
+        row = index if self._rows is None else int(self._rows[index])
+        try:
+            record = self._dataset[row]
+        except UnicodeDecodeError as error:
+            raise CorpusError(
+                f"source {self.name!r}: row {row} of {self._origin} is not UTF-8 at its byte {error.start}"
+            ) from None
+        if self._files:
+            return record[self._field], _record_name(self._files[record["file"]], record["number"])
+        return record[self._field], f"{self._origin}[{row}]"
+
+    def shard(
+        self, shard: int, num_shards: int, seed: int | None, state: Mapping[str, int] | None
+    ) -> _ArrowShard:
+        return _ArrowShard(self, shard, num_shards, seed, state)
+
+
+class _ArrowShard:
+    def __init__(
+        self,
+        source: ArrowSource,
+        shard: int,
+        num_shards: int,
+        seed: int | None,
+        state: Mapping[str, int] | None,
+    ) -> None:
+        self._source, self._seed = source, seed
+        self._stride = min(num_shards, source.num_documents)
+        self._first = shard % self._stride
+        self.state = dict(state or {"epoch": 0, "next": 0, "bytes": 0})
+
+    def next(self) -> tuple[str, str, int]:
+        count = self._source.num_documents
+        position = self._first + self.state["next"] * self._stride
+        if position >= count:
+            self.state["epoch"] += 1
+            self.state["next"] = 0
+            position = self._first
+        epoch = self.state["epoch"]
+        self.state["next"] += 1
+        if self._seed is not None:
+            key = hashlib.sha256(f"{self._seed}/{self._source.name}/{epoch}".encode()).digest()
+            position = permuted(position, count, int.from_bytes(key[:8], "little"))
+        return *self._source.read(position), epoch
+
+
+def permuted(index: int, count: int, key: int) -> int:
+    """Where `index` goes in a permutation of range(count) drawn by `key`, without holding the permutation.
+
+    A Feistel network over the next even power of two, walked until it lands inside.
+    Source: Black & Rogaway, Ciphers with Arbitrary Finite Domains, CT-RSA 2002.
+    """
+    half = ((count - 1).bit_length() + 1) // 2
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for number in range(_FEISTEL_ROUNDS):
+            left, right = right, left ^ (_mixed(right ^ key, number) & mask)
+        index = left << half | right
+        if index < count:
+            return index
+
+
+def _mixed(value: int, number: int) -> int:
+    """SplitMix64's finaliser."""
+    value = (value + (number + 1) * 0x9E3779B97F4A7C15) & _MASK64
+    value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & _MASK64
+    value = ((value ^ value >> 27) * 0x94D049BB133111EB) & _MASK64
+    return value ^ value >> 31
+
+
+# ---------------------------------------------------------------------------------------- streaming
+
+
+class StreamSource:
+    """Records that can only be read in order.
+
+    Each shard reads the whole stream and takes its documents from it; a resume reads again what it skips.
+    """
+
+    num_documents = num_empty = num_bytes = None
+
+    def __init__(self, config: SourceConfig) -> None:
+        self.name, self.weight = config.name, config.weight
+        self._config = config
+        self.identity: list[Any] = [_settings(config)]
+        if config.path is not None:
+            files, self._format = find_files(config.path, config.format)
+            self._files = files
+            self.identity.append([(f.path, f.num_bytes) for f in files])
+        else:
+            self._dataset = _load_dataset(config)
+        if not any(text for text, _ in self.records(0)):
+            raise CorpusError(f"source {config.name!r}: no document with any text")
+
+    def records(self, start: int) -> Iterator[tuple[str, str]]:
+        """Texts (empty ones too) and names, from the record with index `start` on."""
+        if self._config.path is not None:
+            found = read_records(self._files, self._format, self._config.field)
+            for record in itertools.islice(found, start, None):
+                yield record["text"], _record_name(self._files[record["file"]].path, record["number"])
+            return
+        for index, record in enumerate(self._dataset.skip(start), start):
+            name = f"{self._config.dataset}[{index}]"
+            yield checked_text(record, self._config.field, f"source {self.name!r}: record {name}"), name
+
+    def shard(
+        self, shard: int, num_shards: int, seed: int | None, state: Mapping[str, int] | None
+    ) -> _StreamShard:
+        return _StreamShard(self, shard, num_shards, state)
+
+
+class _StreamShard:
+    """A stream's number of documents is known after one pass; the shards of a short one wrap from then on."""
+
+    def __init__(
+        self, source: StreamSource, shard: int, num_shards: int, state: Mapping[str, int] | None
+    ) -> None:
+        self._source, self._shard, self._num_shards = source, shard, num_shards
+        start = {"epoch": 0, "records": 0, "next": 0, "bytes": 0, "empty": 0, "count": 0}
+        self.state = dict(state or start)
+        self._records = source.records(self.state["records"])
+
+    def next(self) -> tuple[str, str, int]:
+        state = self.state
+        while True:
+            stride = min(state["count"] or self._num_shards, self._num_shards)
+            for text, name in self._records:
+                state["records"] += 1
+                if not text:
+                    state["empty"] += 1
+                    continue
+                state["next"] += 1
+                if (state["next"] - 1) % stride == self._shard % stride:
+                    return text, name, state["epoch"]
+            if not state["next"]:
+                raise CorpusError(f"source {self._source.name!r}: no document with any text")
+            state.update(epoch=state["epoch"] + 1, count=state["next"], records=0, next=0)
+            self._records = self._source.records(0)
+
+
+# ------------------------------------------------------------------------------------------ opening
+
+
+def _open_source(config: SourceConfig) -> ArrowSource | StreamSource:
+    try:
+        if config.streaming:
+            return StreamSource(config)
+        if config.path is not None:
+            files, file_format = find_files(config.path, config.format)
+            arguments = {"files": files, "file_format": file_format, "field": config.field}
+            dataset = _converted(arguments)
+            return ArrowSource(config, dataset, "text", [file.path for file in files])
+        return ArrowSource(config, _load_dataset(config), config.field, [])
+    except CorpusError as error:
+        here = f"source {config.name!r}: "
+        raise CorpusError(here + str(error).removeprefix(here)) from error.__cause__
+
+
+def _converted(arguments: dict[str, Any]) -> datasets.Dataset:
+    """The records as Arrow in the datasets cache; the key is the files' paths, sizes and times of change."""
+    features = datasets.Features(
+        text=datasets.Value("large_string"), file=datasets.Value("int32"), number=datasets.Value("int64")
+    )
+    try:
+        with _no_progress_bars():
+            return datasets.Dataset.from_generator(read_records, features, gen_kwargs=arguments)
+    except datasets.exceptions.DatasetGenerationError as error:
+        cause = error.__cause__
+        if isinstance(cause, CorpusError):
+            raise cause from cause.__cause__
+        raise CorpusError(f"cannot be converted to Arrow ({cause or error})") from error
+    except OSError as error:
+        raise CorpusError(
+            f"cannot be converted to Arrow ({error}); "
+            f"check space and rights in {datasets.config.HF_DATASETS_CACHE}"
+        ) from error
+
+
+def _load_dataset(config: SourceConfig) -> Any:
+    """A dataset of the hub's (streaming or not), or one that was saved to disk."""
+    origin = str(config.dataset)
+    folder = Path(origin).expanduser()
+    try:
+        with _no_progress_bars():
+            if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+                loaded = datasets.load_from_disk(folder)
+                if isinstance(loaded, datasets.DatasetDict):
+                    if config.split not in loaded:
+                        raise CorpusError(
+                            f"{origin} has no split {config.split!r}; it has {', '.join(loaded)}"
+                        )
+                    loaded = loaded[config.split]
+                return loaded.to_iterable_dataset() if config.streaming else loaded
+            if folder.is_dir():
+                raise CorpusError(
+                    f"folder {origin} was not written by Dataset.save_to_disk; give files with path instead"
+                )
+            return datasets.load_dataset(
+                origin,
+                config.subset,
+                split=config.split,
+                revision=config.revision,
+                streaming=config.streaming,
+            )
+    except CorpusError:
+        raise
+    except Exception as error:  # datasets, the hub's client and fsspec each raise their own
+        raise CorpusError(
+            f"dataset {origin!r} (subset {config.subset!r}, split {config.split!r}) cannot be loaded: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _settings(config: SourceConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json")
+
+
+def _record_name(path: str, number: int) -> str:
+    return f"{path}:{number}" if number else path
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    were_shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if were_shown:
+            datasets.enable_progress_bars()

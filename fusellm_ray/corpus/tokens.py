@@ -1,0 +1,286 @@
+"""A byte view of any fast tokenizer: which bytes of a text does each token cover, which bytes does it spell.
+
+Enters: a tokenizer's folder or hub id, then texts. Leaves: ids with byte end offsets, and the vocabulary as
+bytes. Used for the target (rows, export) and for each teacher (alignment); offsets are what aligns them.
+
+Ends come from the first of these that accounts for every byte of the text:
+
+    1. the tokens' own bytes, added up (nearly always)
+    2. the same, less bytes that the vocabulary lacks (SmolLM2 has no token for some control characters)
+    3. the tokenizer's character offsets: a normaliser has changed the text (NFC, lowercasing)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import transformers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from fusellm_ray.corpus.spelling import is_byte_level, prepended_token, special_tokens, speller, text_only
+from fusellm_ray.errors import TokenizerError
+
+_SHOWN = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """Tokens of one text. `ends[i]` is the byte offset where token i ends; the last is the text's length."""
+
+    ids: npt.NDArray[np.int32]
+    ends: npt.NDArray[np.int32]
+
+
+class ByteTokenizer:
+    """A fast tokenizer with byte offsets and its vocabulary as bytes.
+
+    Plain text is never encoded as a control token: the string "</s>" in a document is spelled out. Added
+    tokens that are not special (runs of spaces, <think>) are ordinary text and stay whole.
+    """
+
+    vocab_size: int
+    bos_id: int | None
+    """Set only where the tokenizer itself prepends it."""
+    eos_id: int | None
+    special_ids: frozenset[int]
+    token_bytes: Sequence[bytes | None]
+    """[vocab_size]; None for special tokens, and for ids that the model has and the tokenizer has not."""
+    strips_leading_space: bool
+    """A text's first token carries a space that is not in the text (SentencePiece's dummy prefix)."""
+    fingerprint: str
+    hf: PreTrainedTokenizerFast
+
+    def __init__(self, hf: PreTrainedTokenizerBase, name: str, vocab_size: int | None = None) -> None:
+        """Wrap a loaded tokenizer; `name` is for errors. See `load`."""
+        if not isinstance(hf, PreTrainedTokenizerFast):
+            raise TokenizerError(
+                f"{name}: {type(hf).__name__} is not a fast tokenizer and gives no offsets; "
+                "save a tokenizer.json with the model"
+            )
+        self.hf = hf
+        self.name = name
+        tree: dict[str, Any] = json.loads(hf.backend_tokenizer.to_str())
+        tree.update(truncation=None, padding=None)
+        vocabulary = hf.backend_tokenizer.get_vocab(with_added_tokens=True)
+
+        self.bos_id = prepended_token(hf, name)
+        self.eos_id = hf.eos_token_id
+        special = special_tokens(hf, tree, vocabulary)
+        self.special_ids = frozenset(special.values())
+        self.vocab_size = _vocab_size(name, vocabulary, special, vocab_size, (self.bos_id, self.eos_id))
+        self.fingerprint = hashlib.sha256(
+            json.dumps([tree, self.vocab_size, self.bos_id, self.eos_id], sort_keys=True).encode()
+        ).hexdigest()
+
+        spell = speller(name, tree)
+        # Added tokens are matched before text is written in the byte-level alphabet.
+        raw_ids = {token["id"] for token in tree["added_tokens"]} if is_byte_level(tree) else set()
+        token_bytes: list[bytes | None] = [None] * self.vocab_size
+        for token, token_id in vocabulary.items():
+            if token_id not in self.special_ids and token_id < self.vocab_size:
+                token_bytes[token_id] = token.encode() if token_id in raw_ids else spell(token)
+        self.token_bytes = token_bytes
+        # \xff occurs in no UTF-8 text, so a control token never passes for text.
+        self._spelling = [b"\xff" if spelled is None else spelled for spelled in token_bytes]
+        self._lengths = np.fromiter(map(len, self._spelling), np.int64, self.vocab_size)
+        self._has_bytes = np.fromiter((b is not None for b in token_bytes), np.bool_, self.vocab_size)
+
+        spelled_bytes = {spelled[0] for spelled in token_bytes if spelled and len(spelled) == 1}
+        self._missing = bytes(set(range(256)) - spelled_bytes) if is_byte_level(tree) else b""
+
+        self._rust = text_only(tree, special)
+        probe = self._rust.encode("a", add_special_tokens=False).ids
+        self.strips_leading_space = b"".join(self._spelling[i] for i in probe) == b" a"
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        vocab_size: int | None = None,
+    ) -> ByteTokenizer:
+        """Load the tokenizer of a model.
+
+        Args:
+            model: a folder, or a hub id.
+            vocab_size: the model's number of embeddings, which may exceed the tokenizer's; default: the
+                tokenizer's highest id + 1.
+
+        Raises:
+            TokenizerError: there is no tokenizer, it is not fast, or it cannot say what its tokens spell.
+        """
+        try:
+            hf = transformers.AutoTokenizer.from_pretrained(
+                model, revision=revision, trust_remote_code=trust_remote_code
+            )
+        except Exception as error:  # whatever a broken folder makes transformers raise
+            raise TokenizerError(
+                f"{model}: no tokenizer could be loaded ({type(error).__name__}: {error}); "
+                "expected a folder with tokenizer.json, or a hub id that can be reached"
+            ) from error
+        return cls(hf, model, vocab_size)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ByteTokenizer, (self.hf, self.name, self.vocab_size)
+
+    def encode(self, text: str) -> Encoding:
+        """Encode one text, without BOS or EOS.
+
+        Raises:
+            TokenizerError: an unknown token swallows part of the text, or no token covers part of it.
+        """
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
+        """Encode several texts, in parallel where the process has more than one core."""
+        encoded = self._rust.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [self._with_ends(text, e.ids) for text, e in zip(texts, encoded, strict=True)]
+
+    def sequence(self, text: str, ends_document: bool) -> Encoding:
+        """What a model reads of `text`: BOS (end 0) if the tokenizer prepends it, the tokens, and EOS (zero
+        width) if the text ends its document and the tokenizer has one."""
+        return self.framed(self.encode(text), ends_document)
+
+    def framed(self, encoding: Encoding, ends_document: bool) -> Encoding:
+        """`sequence` of a text that is already encoded."""
+        ids, ends = [encoding.ids], [encoding.ends]
+        if self.bos_id is not None:
+            ids.insert(0, np.array([self.bos_id], np.int32))
+            ends.insert(0, np.zeros(1, np.int32))
+        if ends_document and self.eos_id is not None:
+            ids.append(np.array([self.eos_id], np.int32))
+            ends.append(encoding.ends[-1:] if len(encoding.ends) else np.zeros(1, np.int32))
+        return Encoding(np.concatenate(ids), np.concatenate(ends))
+
+    def _with_ends(self, text: str, id_list: list[int]) -> Encoding:
+        if not text:
+            return Encoding(np.zeros(0, np.int32), np.zeros(0, np.int32))
+        data = self._utf8(text)
+        ids = np.array(id_list, np.int32)
+        spelled = b"".join(map(self._spelling.__getitem__, id_list))
+        is_prefixed = self.strips_leading_space and len(spelled) == len(data) + 1
+        if spelled == data or (is_prefixed and spelled[0] == 0x20 and spelled[1:] == data):
+            ends = np.cumsum(self._lengths[ids]) - is_prefixed
+            return Encoding(ids, ends.astype(np.int32))
+        if self._missing and len(ids) and spelled == data.translate(None, self._missing):
+            return self._without_missing(ids, text, data)
+        return self._from_offsets(text, data)
+
+    def _utf8(self, text: str) -> bytes:
+        try:
+            return text.encode()
+        except UnicodeEncodeError as error:
+            raise TokenizerError(
+                f"{self.name}: character {error.start} of the text is an unpaired surrogate "
+                f"({text[error.start]!r}); remove it, it has no UTF-8 bytes"
+            ) from None
+
+    def _without_missing(self, ids: npt.NDArray[np.int32], text: str, data: bytes) -> Encoding:
+        """Ends of a text with bytes that the vocabulary lacks: they go with the token after them."""
+        is_missing = np.zeros(256, np.bool_)
+        is_missing[list(self._missing)] = True
+        dropped = is_missing[np.frombuffer(data, np.uint8)]
+        chars = np.searchsorted(_byte_offsets(text), np.flatnonzero(dropped), side="right") - 1
+        for i in chars.tolist():
+            if _is_text(text[i]):
+                raise self._uncovered(text[i], int(_byte_offsets(text)[i]))
+        ends = np.flatnonzero(~dropped)[np.cumsum(self._lengths[ids]) - 1] + 1
+        ends[-1] = len(data)
+        return Encoding(ids, ends.astype(np.int32))
+
+    def _uncovered(self, text: str, start: int) -> TokenizerError:
+        return TokenizerError(
+            f"{self.name}: no token covers the text {_shown(text)} at byte {start}; the tokenizer drops it: "
+            "use another tokenizer, or take such characters out of the corpus"
+        )
+
+    def _from_offsets(self, text: str, data: bytes) -> Encoding:
+        """Ends by the tokenizer's own character offsets: its normaliser has changed the text."""
+        encoding = self._rust.encode(text, add_special_tokens=False)
+        ids = np.array(encoding.ids, np.int32)
+        spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        byte_of = _byte_offsets(text)
+
+        swallowed = np.flatnonzero(~self._has_bytes[ids])
+        if len(swallowed):
+            i = int(swallowed[0])
+            raise TokenizerError(
+                f"{self.name}: token {encoding.tokens[i]!r} (id {ids[i]}) swallows the text "
+                f"{_shown(text[spans[i, 0] : spans[i, 1]])} at byte {byte_of[spans[i, 0]]}; "
+                "use a tokenizer with byte fallback, or take such characters out of the corpus"
+            )
+        reached = np.concatenate([[0], np.maximum.accumulate(spans[:, 1])])
+        following = np.append(spans[:, 0], len(text))
+        for i in np.flatnonzero(following > reached).tolist():
+            gap = text[reached[i] : following[i]]
+            if i > 0 and len(unicodedata.normalize("NFC", text[reached[i] - 1] + gap)) == 1:
+                spans[i - 1, 1] = following[i]  # composed with the character before: é from e and an accent
+            elif not len(ids) or any(_is_text(char) for char in gap):
+                raise self._uncovered(gap, int(byte_of[reached[i]]))
+        starts, stops = byte_of[spans[:, 0]], byte_of[spans[:, 1]]
+        # Characters that are no text and that the tokenizer drops go with the token after them.
+        ends = np.maximum.accumulate(np.minimum(stops, np.append(starts[1:], len(data))))
+        ends[-1] = len(data)
+        for first, last in _overlapping(starts, stops):
+            # Tokens that share a character: exact where they spell it, else the last of them covers it.
+            spelled = [self._spelling[i] for i in ids[first : last + 1]]
+            shared = data[starts[first] : stops[last]]
+            if first == 0 and b"".join(spelled) == b" " + shared:
+                spelled[0] = spelled[0][1:]
+            if b"".join(spelled) == shared:
+                ends[first : last + 1] = starts[first] + np.cumsum([len(s) for s in spelled])
+        return Encoding(ids, ends.astype(np.int32))
+
+
+def _vocab_size(
+    name: str,
+    vocabulary: dict[str, int],
+    special: dict[str, int],
+    wanted: int | None,
+    roles: tuple[int | None, ...],
+) -> int:
+    highest = max(vocabulary.values()) + 1
+    if wanted is None:
+        return highest
+    # A control token without an embedding (a padding token added later) never occurs in text.
+    used = [i for token, i in vocabulary.items() if token not in special]
+    needed = max(used + [role for role in roles if role is not None])
+    if needed >= wanted:
+        raise TokenizerError(
+            f"{name}: the tokenizer has token id {needed}, the model only {wanted} embeddings; "
+            "take the tokenizer that belongs to the model, or resize the model's embeddings"
+        )
+    return wanted
+
+
+def _overlapping(starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Runs (first, last) of tokens in which each begins before its predecessor's end."""
+    shares = np.flatnonzero(starts[1:] < stops[:-1])
+    for run in np.split(shares, np.flatnonzero(np.diff(shares) > 1) + 1):
+        if len(run):
+            yield int(run[0]), int(run[-1]) + 1
+
+
+def _byte_offsets(text: str) -> npt.NDArray[np.int64]:
+    """[characters + 1]: the byte at which each character begins."""
+    codepoints = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    widths = 1 + (codepoints >= 0x80) + (codepoints >= 0x800) + (codepoints >= 0x10000)
+    return np.concatenate([[0], np.cumsum(widths)])
+
+
+def _is_text(char: str) -> bool:
+    """Neither white space nor a control, private or unassigned code point."""
+    return not char.isspace() and not unicodedata.category(char).startswith("C")
+
+
+def _shown(text: str) -> str:
+    return repr(text[:_SHOWN]) + ("…" if len(text) > _SHOWN else "")

@@ -1,0 +1,229 @@
+"""Bits per byte: how well a model predicts held-out text, comparable between tokenizers.
+
+    sources → documents → windows of tokens → packed rows → nats over predicted tokens / bytes they cover
+
+A document longer than the model reads is scored in windows. Each window after the first begins with the last
+token of the one before, as context only, so every token is predicted once. With a tokenizer that adds a BOS a
+document's first token is predicted too; without, there is nothing to predict it from, and its bytes are not
+counted either. The prediction of EOS is not counted: it covers no bytes, and not every model learned to make it.
+
+Used by a process of its own, and by trainer ranks on the sharded target (each takes its share of batches).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
+
+from fusellm_ray.config import CorpusConfig, ModelConfig, SourceConfig
+from fusellm_ray.corpus.rows import IGNORE_INDEX, Row, Segment, row_arrays
+from fusellm_ray.corpus.source import Corpus, Document
+from fusellm_ray.corpus.tokens import ByteTokenizer
+from fusellm_ray.errors import CorpusError
+from fusellm_ray.models import HeadedModel, check_structure, load_causal_lm, model_facts
+
+CHUNK_TOKENS = 512
+"""Positions whose logits exist at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class DomainScore:
+    """Sums over one domain's text; add the parts of several ranks up."""
+
+    nats: float
+    bytes: int
+    """That the predicted tokens cover."""
+    tokens: int
+    """Predicted."""
+    documents: int
+    """Scored to their end."""
+
+    @property
+    def bits_per_byte(self) -> float:
+        """NaN where no byte was scored."""
+        return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
+
+    def __add__(self, other: DomainScore) -> DomainScore:
+        return DomainScore(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+NOTHING = DomainScore(0.0, 0, 0, 0)
+
+
+def held_out_documents(sources: Sequence[SourceConfig], max_bytes: int) -> list[Document]:
+    """The first `max_bytes` bytes of each source, in its own order: the same text for any model.
+
+    The last document is cut at a character, so that a source gives no more than that.
+    """
+    documents = []
+    for source in sources:
+        room = max_bytes
+        for document in Corpus.open(CorpusConfig(sources=[source], shuffle=False), seed=0).documents(0, 1):
+            if document.epoch > 0 or room <= 0:
+                break
+            data = document.text.encode()
+            documents.append(replace(document, text=data[:room].decode(errors="ignore")))
+            room -= len(data)
+    return documents
+
+
+def evaluate_model(
+    config: ModelConfig,
+    documents: Iterable[Document],
+    *,
+    row_tokens: int = 2048,
+    batch_rows: int = 1,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, DomainScore]:
+    """Load a model and score documents with it; `row_tokens` is lowered to what it reads at once.
+
+    Raises:
+        ModelError, TokenizerError: it cannot be loaded, or cannot keep packed documents apart.
+    """
+    facts = model_facts(config)
+    tokenizer = ByteTokenizer.load(
+        config.model,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        vocab_size=facts.vocab_size,
+    )
+    causal_lm = load_causal_lm(config, dtype=dtype)
+    causal_lm.to(device)  # type: ignore[arg-type]
+    check_structure(causal_lm)
+    return bits_per_byte(
+        HeadedModel(causal_lm),
+        tokenizer,
+        documents,
+        row_tokens=min(row_tokens, facts.max_context),
+        batch_rows=batch_rows,
+    )
+
+
+@torch.no_grad()
+def bits_per_byte(
+    model: HeadedModel,
+    tokenizer: ByteTokenizer,
+    documents: Iterable[Document],
+    *,
+    row_tokens: int,
+    batch_rows: int,
+    shard: int = 0,
+    num_shards: int = 1,
+) -> dict[str, DomainScore]:
+    """Score documents, by domain.
+
+    Args:
+        documents: finite, the same on every rank.
+        row_tokens: tokens of a row, and so of a window; at most what the model reads at once.
+        shard: this rank. All ranks make equally many forward passes, as a sharded model requires.
+        num_shards: number of ranks.
+
+    Returns:
+        Domain → this shard's sums, for every domain of the documents; `sum_over_ranks` adds them up.
+
+    Raises:
+        CorpusError: there is no document.
+    """
+    windows = [w for document in documents for w in _windows(document, tokenizer, row_tokens)]
+    if not windows:
+        raise CorpusError("no held-out text to score; give evaluation sources that hold some")
+    rows = list(_packed(windows, row_tokens))
+    # One shape for all batches, so that a compiled model is compiled for it once.
+    length = max(sum(len(window.ids) for window in row.segments) for row in rows)
+    batches = [rows[i : i + batch_rows] for i in range(0, len(rows), batch_rows)]
+    scores = {window.domain: NOTHING for window in windows}
+    for first in range(0, len(batches), num_shards):
+        is_mine = first + shard < len(batches)
+        batch = batches[first + shard] if is_mine else batches[0]
+        for domain, score in _score(model, batch, length, tokenizer.eos_id or 0):
+            if is_mine:
+                scores[domain] += score
+    return scores
+
+
+def sum_over_ranks(scores: Mapping[str, DomainScore]) -> dict[str, DomainScore]:
+    """Add all ranks' sums up; every rank must call it, with the same domains."""
+    sums = torch.tensor([astuple(score) for score in scores.values()], dtype=torch.float64)
+    if dist.is_initialized():
+        device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+        sums = sums.to(device)
+        dist.all_reduce(sums)
+    return {
+        domain: DomainScore(nats, int(num_bytes), int(tokens), int(documents))
+        for domain, (nats, num_bytes, tokens, documents) in zip(scores, sums.tolist(), strict=True)
+    }
+
+
+def _windows(document: Document, tokenizer: ByteTokenizer, limit: int) -> Iterator[Segment]:
+    """Pieces of at most `limit` tokens, each with its first token as context."""
+    tokens = tokenizer.sequence(document.text, ends_document=False)
+    data = document.text.encode()
+    for start in range(0, len(tokens.ids) - 1, limit - 1):
+        stop = start + limit
+        ids, ends = tokens.ids[start:stop], tokens.ends[start:stop]
+        is_last = stop >= len(tokens.ids)
+        yield Segment(data[ends[0] : ends[-1]], ids, ends - ends[0], is_last, document.domain, document.name)
+
+
+def _packed(windows: Iterable[Segment], row_tokens: int) -> Iterator[Row]:
+    row: list[Segment] = []
+    room = row_tokens
+    for window in windows:
+        if len(window.ids) > room:
+            yield Row(tuple(row))
+            row, room = [], row_tokens
+        row.append(window)
+        room -= len(window.ids)
+    yield Row(tuple(row))
+
+
+def _score(
+    model: HeadedModel, rows: list[Row], length: int, pad_id: int
+) -> Iterator[tuple[str, DomainScore]]:
+    """Each window's domain and sums."""
+    arrays = [row_arrays(row, length, pad_id) for row in rows]
+    device = next(model.parameters()).device
+
+    def stack(name: str) -> Tensor:
+        return torch.from_numpy(np.stack([getattr(a, name) for a in arrays])).to(device)
+
+    labels = stack("labels").flatten()
+
+    def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        pairs = zip(hidden.flatten(0, 1).split(CHUNK_TOKENS), labels.split(CHUNK_TOKENS), strict=True)
+        return torch.cat(
+            [
+                cross_entropy(
+                    linear(states, weight, bias).float(), gold, ignore_index=IGNORE_INDEX, reduction="none"
+                )
+                for states, gold in pairs
+            ]
+        )
+
+    nats = (
+        model(stack("input_ids"), stack("position_ids"), head)
+        .reshape(len(rows), length)
+        .double()
+        .cpu()
+        .numpy()
+    )
+    for row, a, row_nats in zip(rows, arrays, nats, strict=True):
+        for i, window in enumerate(row.segments):
+            own = a.segment == i
+            yield (
+                window.domain,
+                DomainScore(
+                    nats=float(row_nats[own].sum()),
+                    bytes=int(a.gold_bytes[own].sum()),
+                    tokens=len(window.ids) - 1,
+                    documents=int(window.ends_document),
+                ),
+            )

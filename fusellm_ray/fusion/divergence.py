@@ -1,0 +1,196 @@
+"""What lies between the head's products: from a chunk's logits to its losses and their gradient.
+
+The divergence sees k + 1 gathered entries of the target's distribution Q (the candidates and gold) and, for
+`tail: bucket`, the mass outside of them; what it adds to the gradient of the other V - k - 1 entries is one
+factor a position. So every divergence and every tail makes the same passes over the logits as plain CLM.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fusellm_ray.config import ObjectiveConfig
+from fusellm_ray.fusion.fuse import Candidates
+
+_LEAST_MASS = 1e-30
+"""Target mass outside the candidates is taken as no less: it underflows there, and its logarithm must not."""
+_LEAST_TEACHER_MASS = 1e-7
+"""Least residual of a teacher under reverse KL (infinite otherwise): what float32 tells from 0 in 1 − Σp."""
+_CACHE_BYTES = 4 << 20
+"""Logits that the passes of one softmax share, for each CPU thread: the size of a second-level cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The n positions that have gold: what the loss compares the target with."""
+
+    position: Tensor
+    """int64 [n], into the N of the caller"""
+    gold: Tensor
+    """int64 [n]"""
+    slots: Tensor
+    """int64 [n, 1 + k]: gold, then the candidates; unused slots repeat gold"""
+    log_p: Tensor
+    """[n, 1 + k] fused logprobs; -inf: the slot is not in the support S"""
+    residual: Tensor
+    """[n]"""
+    listened: Tensor
+    """bool [n]"""
+    segment: Tensor | None
+    """int64 [n], ascending: the live gate is on"""
+
+    @classmethod
+    def of(
+        cls,
+        position: Tensor,
+        gold: Tensor,
+        fused: Candidates | None,
+        clm_only: Tensor | None,
+        gate_segment: Tensor | None,
+    ) -> Batch:
+        gold = gold[position]
+        if fused is None:
+            nothing = torch.full((len(gold), 1), -torch.inf, device=gold.device)
+            listened = torch.zeros(len(gold), dtype=torch.bool, device=gold.device)
+            return cls(position, gold, gold[:, None], nothing, nothing[:, 0], listened, None)
+        log_p = torch.cat([fused.gold[:, None], fused.logprobs], dim=1)[position].float()
+        listened = fused.valid[position] & log_p.isfinite().any(1)
+        if clm_only is not None:
+            listened &= ~clm_only[position]
+        log_p = log_p.masked_fill(~listened[:, None], -torch.inf)
+        residual = fused.residual[position].float().masked_fill(~listened, -torch.inf)
+        slots = torch.cat([gold[:, None], fused.ids[position]], dim=1)
+        slots = torch.where(log_p.isfinite(), slots, gold[:, None])
+        segment = None if gate_segment is None else gate_segment[position]
+        return cls(position, gold, slots, log_p, residual, listened, segment)
+
+    def __getitem__(self, part: slice) -> Batch:
+        return Batch(
+            position=self.position[part],
+            gold=self.gold[part],
+            slots=self.slots[part],
+            log_p=self.log_p[part],
+            residual=self.residual[part],
+            listened=self.listened[part],
+            segment=None if self.segment is None else self.segment[part],
+        )
+
+    def __len__(self) -> int:
+        return len(self.gold)
+
+
+def differentiate(logits: Tensor, chunk: Batch, config: ObjectiveConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Replace logits [C, V] by the gradient of the positions' losses; give (clm, fusion, listened), each [C].
+
+    All that lies between the head's products is here; a kernel for another device replaces this function.
+    """
+    inside = chunk.log_p.isfinite()
+    gathered = logits.gather(1, chunk.slots)
+    top, outside = exponentiate(logits, chunk.slots)
+    # Masses relative to exp(top). Summing what is outside, not subtracting what is inside from 1, keeps a
+    # confident target's tail, and with it its gradient, accurate.
+    masses = (gathered - top[:, None]).exp()
+    gold_outside = masses[:, 0].masked_fill(inside[:, 0], 0.0)
+    tail = outside + gold_outside
+    total = tail + masses.masked_fill(~inside, 0.0).sum(1)
+    log_total = top + total.log()
+    log_q = gathered - log_total[:, None]
+    clm = -log_q[:, 0]
+
+    log_tail = (tail / total).clamp(min=_LEAST_MASS).log()
+    fusion, slope, tail_slope = _divergence(chunk, log_q, log_tail, inside, logits.shape[1], config)
+    listened = chunk.listened
+    if chunk.segment is not None:
+        listened = listened & ~is_overtaken(clm, chunk)
+    fusion = torch.where(listened, fusion, 0.0)
+
+    # d log q_u / dz_v = [u = v] − q_v, and log of the tail's mass: [v outside] q_v / tail − q_v.
+    share = listened.to(logits.dtype) * (1.0 - config.clm_weight)
+    dense = (1.0 - share) - share * (slope.sum(1) + tail_slope)
+    sparse = dense + share * (tail_slope / log_tail.exp())
+    q = log_q.exp()
+    values = q * dense[:, None] + share[:, None] * slope
+    at_gold = torch.where(inside[:, 0], values[:, 0], q[:, 0] * sparse) - (1.0 - share)
+    # Unused slots repeat gold, so whichever of the equal indices is written last, it writes the same.
+    values = torch.where(inside, values, at_gold[:, None])
+    values[:, 0] = at_gold
+    logits.mul_((sparse / total)[:, None]).scatter_(1, chunk.slots, values)
+    return clm, fusion, listened
+
+
+def exponentiate(logits: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """logits := exp(logits − their maximum), 0 in the slots. Give the maximum and the sum of each row."""
+    block = len(logits)
+    if logits.device.type == "cpu":
+        row_bytes = logits.shape[1] * logits.element_size()
+        block = max(1, _CACHE_BYTES // row_bytes) * torch.get_num_threads()
+    top, outside = logits.new_empty(len(logits)), logits.new_empty(len(logits))
+    for start in range(0, len(logits), max(block, 1)):
+        part = slice(start, start + block)
+        torch.amax(logits[part], 1, out=top[part])
+        masses = logits[part].sub_(top[part, None]).exp_()
+        masses.scatter_(1, slots[part], 0.0)
+        torch.sum(masses, 1, out=outside[part])
+    return top, outside
+
+
+def _divergence(
+    chunk: Batch, log_q: Tensor, log_tail: Tensor, inside: Tensor, vocab_size: int, config: ObjectiveConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(value [C], its derivative by log q of each slot [C, 1 + k], and by the log of the tail's mass [C])."""
+    log_p = chunk.log_p.to(log_q.dtype)
+    log_q = log_q.masked_fill(~inside, -torch.inf)
+    if config.tail == "bucket":
+        has_tail = chunk.listened & (inside.sum(1) < vocab_size)
+        residual = chunk.residual.to(log_q.dtype)
+        if config.divergence == "reverse_kl":
+            residual = residual.clamp(min=math.log(_LEAST_TEACHER_MASS))
+        log_p = torch.cat([log_p, residual.masked_fill(~has_tail, -torch.inf)[:, None]], dim=1)
+        log_q = torch.cat([log_q, log_tail.masked_fill(~has_tail, -torch.inf)[:, None]], dim=1)
+    if config.tail != "drop":
+        log_p = log_p - _finite_logsumexp(log_p)
+    is_restricted = config.tail == "renormalise" and config.divergence != "forward_kl"
+    if is_restricted:
+        log_q = log_q - _finite_logsumexp(log_q)
+    value, slope = _compare(log_p, log_q, config.divergence)
+    if is_restricted:
+        slope = slope - log_q.exp() * slope.sum(1, keepdim=True)
+    if config.tail == "bucket":
+        return value, slope[:, :-1], slope[:, -1]
+    return value, slope, torch.zeros_like(value)
+
+
+def _compare(
+    log_p: Tensor, log_q: Tensor, divergence: Literal["forward_kl", "reverse_kl", "jsd"]
+) -> tuple[Tensor, Tensor]:
+    """The divergence of each row and its derivative by log_q, entries of log_q taken as independent."""
+    p, q = log_p.exp(), log_q.exp()
+    # Outcomes without mass are -inf: their terms are 0, not nan.
+    if divergence == "forward_kl":
+        return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(1), -p
+    if divergence == "reverse_kl":
+        terms = torch.where(q > 0, q * (log_q - log_p), 0.0)
+        return terms.sum(1), terms + q
+    log_mean = torch.logaddexp(log_p, log_q) - math.log(2.0)
+    from_q = torch.where(q > 0, q * (log_q - log_mean), 0.0) / 2
+    from_p = torch.where(p > 0, p * (log_p - log_mean), 0.0) / 2
+    return (from_p + from_q).sum(1), from_q
+
+
+def _finite_logsumexp(values: Tensor) -> Tensor:
+    """[C, m] to [C, 1]; 0 for a row of -inf, which then stays one."""
+    return values.logsumexp(1, keepdim=True).nan_to_num(neginf=0.0)
+
+
+def is_overtaken(clm: Tensor, chunk: Batch) -> Tensor:
+    """bool [C]: over the position's segment the target's cross-entropy is below the fused distribution's."""
+    assert chunk.segment is not None
+    fused_gold = chunk.log_p[:, 0].to(clm.dtype)
+    ahead = torch.where(chunk.listened & fused_gold.isfinite(), clm + fused_gold, 0.0)
+    segments, local = chunk.segment.unique_consecutive(return_inverse=True)
+    return (ahead.new_zeros(len(segments)).index_add_(0, local, ahead) < 0)[local]

@@ -1,0 +1,296 @@
+"""The driver of a run: validate, start, show progress, stop everything it started.
+
+    main thread     signals, progress, the teachers' pools
+    fit thread      ray.train TorchTrainer.fit(): the worker group, its restarts and checkpoints
+
+The first SIGINT or SIGTERM asks the ranks to save and end; a second one ends the run at once. Either way
+nothing that was started here outlives the call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+from ray.train import FailureConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from fusellm_ray import plan
+from fusellm_ray.config import Config
+from fusellm_ray.errors import CheckpointError, ClusterError, FuseLLMError
+from fusellm_ray.observe.progress import Display, make_display
+from fusellm_ray.observe.records import RecordLog
+from fusellm_ray.stream.client import TeacherAddress
+from fusellm_ray.target.checkpoint import explain_changes, export_model
+from fusellm_ray.target.control import RunControl
+from fusellm_ray.target.storage import Checkpoints
+from fusellm_ray.target.worker import TrainTask, train_loop
+from fusellm_ray.teachers.pool import start_pools, stop_pools, wait_ready
+
+POLL_S = 0.3
+"""How often the driver looks for new records."""
+
+LOCAL_RAY_ENVIRONMENT = {
+    # The stream lives in memory: without these two, a full object store overflows to disk in silence.
+    "RAY_automatic_object_spilling_enabled": "0",
+    "RAY_local_fs_capacity_threshold": "0.0",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended."""
+
+    step: int
+    """Optimiser steps that are saved."""
+    is_finished: bool
+    """False after a requested stop: the same command goes on from here."""
+    records: tuple[dict[str, Any], ...] = ()
+    """Every record of this call, as in the run's metrics.jsonl."""
+
+
+def run_job(
+    config: Config,
+    *,
+    allow_changes: bool = False,
+    display: Display | None = None,
+    pools: dict[str, Any] | None = None,
+) -> Outcome:
+    """Run or resume a training run to its end, or to a requested stop.
+
+    Args:
+        config: the run.
+        allow_changes: resume even if models, tokenizers or corpus changed since the checkpoint.
+        display: where progress goes; default: bars on a terminal, a line a step elsewhere.
+        pools: teachers that are up already, by name; they are left running.
+
+    Raises:
+        FuseLLMError: with the cause, after everything started here has been stopped.
+    """
+    display = display or make_display()
+    checkpoints = Checkpoints(config.run.storage, config.run.name)
+    saved = checkpoints.latest_state()
+    if saved is not None and saved["step"] >= config.training.steps:
+        display.note(f"{config.run.name}: all {config.training.steps} steps are done ({checkpoints.folder})")
+        return Outcome(step=saved["step"], is_finished=True)
+    identity = plan.preflight(config)
+    with local_or_running_cluster(config), _Stop() as stop:
+        plan.require_resources(config)
+        own_pools: dict[str, Any] = {}
+        try:
+            if pools is None:
+                own_pools = start_pools(config)
+                pools = own_pools
+                descriptions = wait_ready(pools, config.run.start_timeout_s, on_progress=display.teachers)
+            else:
+                descriptions = wait_ready(pools, config.run.start_timeout_s)
+            identity["teachers"] = {name: d.fingerprint for name, d in descriptions.items()}
+            if saved is not None:
+                _refuse_changes(saved, identity, allow_changes, checkpoints.folder)
+            addresses = tuple(
+                TeacherAddress(
+                    name=t.name,
+                    fingerprint=descriptions[t.name].fingerprint,
+                    top_k=t.top_k,
+                    pool=pools[t.name],
+                )
+                for t in config.active_teachers
+            )
+            return _fit(config, addresses, identity, checkpoints, display, stop)
+        finally:
+            stop_pools(own_pools)
+
+
+def export_run(config: Config, out: Path, *, step: int | None = None) -> Path:
+    """Write a checkpoint of the run as a Hugging Face folder."""
+    checkpoints = Checkpoints(config.run.storage, config.run.name)
+    with checkpoints.local_copy(step) as directory:
+        return export_model(directory, config.target, out)
+
+
+# ---------------------------------------------------------------------------------------- cluster
+
+
+@contextlib.contextmanager
+def local_or_running_cluster(config: Config) -> Iterator[None]:
+    """The cluster RAY_ADDRESS names (set inside `ray job submit`), or a private one on this machine."""
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, log_to_driver=False)
+    else:
+        for name, value in LOCAL_RAY_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=max(4 * config.stream.in_flight_bytes, 256 << 20),
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+class _Stop:
+    """Turns SIGINT and SIGTERM into a wish once training is under way; before, and the second time, it interrupts."""
+
+    def __init__(self) -> None:
+        self.can_wait = False
+        """There is something to save."""
+        self.reason: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _Stop:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: object) -> None:
+        if self.reason is not None or not self.can_wait:
+            raise KeyboardInterrupt
+        self.reason = signal.Signals(number).name
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+class _RaiseLastingErrors(ray.train.UserCallback):
+    """Ends the run on errors that a restart of the worker group cannot heal."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for error in worker_exceptions.values():
+            lasting = find_error(error)
+            if lasting is not None:
+                raise lasting
+
+
+def find_error(error: BaseException | None) -> FuseLLMError | None:
+    """The error of ours inside what Ray wrapped around it."""
+    seen: set[int] = set()
+    queue = [error]
+    while queue:
+        current = queue.pop()
+        if current is None or id(current) in seen:
+            continue
+        if isinstance(current, FuseLLMError):
+            return current
+        seen.add(id(current))
+        queue += [current.__cause__, current.__context__, getattr(current, "cause", None)]
+        queue += [getattr(current, "_base_exc", None), getattr(current, "controller_failure", None)]
+        queue += list(getattr(current, "worker_failures", {}).values())
+    return None
+
+
+def _fit(
+    config: Config,
+    addresses: tuple[TeacherAddress, ...],
+    identity: dict[str, Any],
+    checkpoints: Checkpoints,
+    display: Display,
+    stop: _Stop,
+) -> Outcome:
+    control = RunControl.remote()
+    task = TrainTask(config=config, teachers=addresses, control=control, identity=identity)
+    # Workers keep the job's working directory, so that relative paths mean the same everywhere.
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.run.start_timeout_s)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    trainer = ray.train.torch.TorchTrainer(
+        train_loop,
+        train_loop_config={"task": task},
+        scaling_config=ScalingConfig(
+            num_workers=config.trainer.workers,
+            use_gpu=config.trainer.use_gpu,
+            resources_per_worker=config.trainer.resources_per_worker or None,
+        ),
+        run_config=RayRunConfig(
+            name=config.run.name,
+            storage_path=checkpoints.storage,
+            failure_config=FailureConfig(max_failures=config.trainer.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.checkpoint.keep),
+            callbacks=[_RaiseLastingErrors()],
+        ),
+    )
+    failure: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
+    log = RecordLog(checkpoints.folder)
+    asked_to_stop = False
+    stop.can_wait = True
+    thread.start()
+    with display, log:
+        while True:
+            thread.join(POLL_S)
+            running = thread.is_alive()
+            if stop.reason is not None and not asked_to_stop:
+                asked_to_stop = True
+                display.note(f"{stop.reason}: saving a checkpoint, then stopping; once more stops at once")
+                control.request_stop.remote(stop.reason)
+            records, num_dropped = ray.get(control.take.remote())
+            if num_dropped:
+                display.note(f"{num_dropped} records were dropped before this driver could read them")
+            for record in records:
+                log.write(record)
+                display.show(record)
+            if not running:
+                break
+    ray.kill(control)
+    if failure:
+        raise _explain_failure(failure[0]) from failure[0]
+    state = checkpoints.latest_state()
+    if state is None:
+        raise CheckpointError(f"{checkpoints.folder}: the run ended without a checkpoint; see Ray's logs")
+    return Outcome(
+        step=state["step"], is_finished=state["step"] >= config.training.steps, records=tuple(log.records)
+    )
+
+
+def _explain_failure(error: BaseException) -> FuseLLMError:
+    ours = find_error(error)
+    if ours is not None:
+        return ours
+    if isinstance(error, TrainingFailedError):
+        failures = getattr(error, "worker_failures", {})
+        grouped: dict[str, list[int]] = {}
+        for rank, cause in failures.items():
+            grouped.setdefault(str(cause).strip(), []).append(rank)
+        text = "\n".join(f"rank(s) {', '.join(map(str, ranks))}: {cause}" for cause, ranks in grouped.items())
+        return ClusterError(
+            f"the worker group failed more often than trainer.max_failures allows\n{text or error}"
+        )
+    return ClusterError(f"training ended with {type(error).__name__}: {error}")
+
+
+def _refuse_changes(saved: dict[str, Any], identity: dict[str, Any], allow: bool, folder: str) -> None:
+    changes = explain_changes(saved["identity"], identity)
+    if changes and not allow:
+        raise CheckpointError(
+            f"{folder}: the checkpoint of step {saved['step']} belongs to another run:\n  "
+            + "\n  ".join(changes)
+            + "\nuse another run.name, or --allow-changes to go on regardless"
+        )

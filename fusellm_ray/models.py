@@ -1,0 +1,344 @@
+"""Causal language models: facts from their config, safe loading, and the parts that the objective needs.
+
+A `ModelConfig` enters; a `transformers` model leaves. Teachers, the target and evaluation load through here.
+
+The objective never asks a model for logits: it takes hidden states and the LM head and works in chunks. And
+rows are packed, so a document must not see the ones before it. `check_structure` proves on the loaded model that
+both are sound for its architecture.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import constants, get_session, hf_hub_url
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from fusellm_ray.config import ModelConfig, TeacherConfig
+from fusellm_ray.errors import ModelError
+
+T = TypeVar("T")
+
+HUB_TIMEOUT_S = 5.0
+"""How long the hub may take to answer at all before only its cache on this machine is looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a model's config says about it."""
+
+    architecture: str
+    vocab_size: int
+    """Rows of the LM head; may exceed the tokenizer's tokens."""
+    max_context: int
+    hidden_size: int
+    num_layers: int
+    num_parameters: int
+
+
+# ---------------------------------------------------------------------------------------- loading
+
+
+def model_facts(config: ModelConfig) -> ModelFacts:
+    """Read a model's config.json; no weights are loaded.
+
+    Raises:
+        ModelError: the model does not exist, is no causal language model, or states no context length.
+    """
+    hf_config = _read_config(config)
+    text = hf_config.get_text_config()
+    stated = config.max_context if isinstance(config, TeacherConfig) else None
+    for key in ("max_position_embeddings", "max_seq_len", "seq_length"):
+        stated = stated or getattr(text, key, None)
+    if stated is None:
+        raise ModelError(
+            f"{config.model}: its config states no context length (max_position_embeddings); "
+            "set max_context for a teacher, choose another model as target"
+        )
+    skeleton = build_on_meta(config)
+    return ModelFacts(
+        architecture=type(skeleton).__name__,
+        vocab_size=text.vocab_size,
+        max_context=stated,
+        hidden_size=text.hidden_size,
+        num_layers=text.num_hidden_layers,
+        num_parameters=sum(p.numel() for p in skeleton.parameters()),
+    )
+
+
+def load_causal_lm(
+    config: ModelConfig, *, dtype: torch.dtype, attention: str | None = None
+) -> PreTrainedModel:
+    """Load a model's weights from safetensors onto the CPU, in eval mode.
+
+    Args:
+        attention: implementation by transformers' name; None is the architecture's own default.
+
+    Raises:
+        ModelError: missing folder, no safetensors, hub id out of reach, or no causal language model.
+    """
+    return _from_pretrained(
+        AutoModelForCausalLM.from_pretrained, config, use_safetensors=True, **_kind(dtype, attention)
+    )
+
+
+def build_on_meta(
+    config: ModelConfig, *, dtype: torch.dtype = torch.float32, attention: str | None = None
+) -> PreTrainedModel:
+    """Build the model's modules on the meta device: shapes and names, no memory."""
+    hf_config = _read_config(config)
+    with torch.device("meta"):
+        return _explained(
+            config,
+            AutoModelForCausalLM.from_config,
+            hf_config,
+            trust_remote_code=config.trust_remote_code,
+            **_kind(dtype, attention),
+        )
+
+
+def load_hf_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer as transformers has it.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    return _from_pretrained(AutoTokenizer.from_pretrained, config)
+
+
+def _kind(dtype: torch.dtype, attention: str | None) -> dict[str, Any]:
+    return {"dtype": dtype, "attn_implementation": attention}
+
+
+def _read_config(config: ModelConfig) -> PretrainedConfig:
+    return _from_pretrained(AutoConfig.from_pretrained, config)
+
+
+def _from_pretrained(load: Callable[..., T], config: ModelConfig, **kwargs: Any) -> T:
+    return _explained(
+        config,
+        load,
+        config.model,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        local_files_only=_check_origin(config),
+        **kwargs,
+    )
+
+
+def _check_origin(config: ModelConfig) -> bool:
+    """Refuse a folder that cannot be a model; for a hub id, say whether only the cache can be read."""
+    folder = Path(config.model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"{config.model}: the folder has no config.json; give a folder that save_pretrained wrote"
+            )
+        if not any(folder.glob("*.safetensors")):
+            raise ModelError(
+                f"{config.model}: the folder has no *.safetensors file; pickled weights (.bin, .pt) are "
+                "never loaded, convert them: model.save_pretrained(folder)"
+            )
+        return True
+    if config.model.count("/") > 1 or config.model.startswith((".", "/", "~")):
+        raise ModelError(f"{config.model}: no such folder (seen from this machine); check the path")
+    return not _hub_answers(config)
+
+
+def _hub_answers(config: ModelConfig) -> bool:
+    """One short attempt: transformers itself retries for half a minute per file when there is no network."""
+    if constants.is_offline_mode():
+        return False
+    try:
+        get_session().head(hf_hub_url(config.model, "config.json"), timeout=HUB_TIMEOUT_S)
+    except Exception:  # whatever the HTTP library raises, the cache is what is left
+        return False
+    return True
+
+
+def _explained(config: ModelConfig, load: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    try:
+        return load(*args, **kwargs)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, AttributeError) as error:
+        at = f"{config.model}@{config.revision}" if config.revision else config.model
+        raise ModelError(f"{at}: cannot be loaded; {_advice(error)}") from error
+
+
+def _advice(error: Exception) -> str:
+    text = str(error).strip()
+    if "trust_remote_code" in text:
+        return "it ships its own code: read that code, then set trust_remote_code: true"
+    if "attn_implementation" in text:
+        return (
+            "it does not support the attention implementation asked for: set target.attention to another one"
+        )
+    first = text.splitlines()[0] if text else type(error).__name__
+    if isinstance(error, OSError):
+        return (
+            f"{first} (a folder must be visible from this machine; a hub id needs network or a filled cache, "
+            "and a model with safetensors)"
+        )
+    return first
+
+
+# ---------------------------------------------------------------------------------------- parts
+
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Final hidden states, what the LM head reads.
+
+    Args:
+        input_ids: [B, L].
+        position_ids: [B, L], restarting at 0 where a document starts; documents do not attend to each other.
+
+    Returns:
+        [B, L, d]
+    """
+    rows, length = input_ids.shape
+    if _attention(model).startswith("flash"):
+        # Flash attention separates documents only in a batch of one row: lay the rows end to end.
+        input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
+    # Without a mask and a cache, transformers derives the block-diagonal mask from restarting positions.
+    output = model.base_model(
+        input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False
+    )
+    return output.last_hidden_state.reshape(rows, length, -1)
+
+
+def lm_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
+    """The LM head's weight [V, d] and its bias [V], if it has one."""
+    head = model.get_output_embeddings()
+    return head.weight, getattr(head, "bias", None)
+
+
+class HeadedModel(nn.Module):
+    """A causal model whose forward applies a function to its hidden states and LM head, never to its logits.
+
+    The function runs inside `forward`, where a sharded model's head weight is whole and its gradient will be
+    reduced.
+    """
+
+    def __init__(self, causal_lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, head: Callable[[Tensor, Tensor, Tensor | None], T]
+    ) -> T:
+        """Return head(hidden [B, L, d], weight [V, d], bias [V] or None).
+
+        What `head` returns must be a tensor, or tuples, lists and dicts of tensors: FSDP looks for gradients in
+        these.
+        """
+        hidden = hidden_states(self.causal_lm, input_ids, position_ids)
+        return head(hidden, *lm_head(self.causal_lm))
+
+
+def _attention(model: PreTrainedModel) -> str:
+    return model.config._attn_implementation or "eager"
+
+
+# ---------------------------------------------------------------------------------------- proofs
+
+
+def check_structure(model: PreTrainedModel) -> None:
+    """Prove on the loaded model that the objective may use it: see `check_head` and `check_packing`."""
+    check_head(model)
+    check_packing(HeadedModel(model))
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Check that hidden states times the LM head are the model's own logits.
+
+    Raises:
+        ModelError: they are not, for example because the architecture caps or scales its logits.
+    """
+    name = type(model).__name__
+    head = model.get_output_embeddings()
+    if model.base_model is model or getattr(head, "weight", None) is None or head.weight.dim() != 2:
+        raise ModelError(
+            f"{name}: no separate body and linear LM head; choose another architecture as target"
+        )
+    _check_takes_positions(model)
+    input_ids, position_ids = _probe(head.weight)
+    own = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+    if not isinstance(own, Tensor):
+        raise ModelError(f"{name}: returns no logits; choose another architecture as target")
+    ours = nn.functional.linear(hidden_states(model, input_ids, position_ids), *lm_head(model))
+    error = _relative_error(ours, own)
+    if not error < (1e-4 if own.dtype == torch.float32 else 0.1):
+        raise ModelError(
+            f"{name}: hidden states times the LM head are not the model's logits (relative error {error:.1e}); it "
+            "changes its logits after the head (soft-capping, scaling), which the objective does not follow: "
+            "choose another architecture as target"
+        )
+
+
+@torch.no_grad()
+def check_packing(model: HeadedModel) -> None:
+    """Check that documents packed in one row neither see each other nor differ from being alone.
+
+    Works on a sharded model too; then every rank must call it.
+
+    Raises:
+        ModelError: the architecture (or its attention implementation) lets documents of a row see each other.
+    """
+    causal_lm = model.causal_lm
+    where = f"{type(causal_lm).__name__} with attention {_attention(causal_lm)!r}"
+    _check_takes_positions(causal_lm)
+    input_ids, position_ids = _probe(next(causal_lm.parameters()))
+    changed = input_ids.clone()
+    changed[:, :_CUT] = changed[:, :_CUT].flip(1)  # other tokens in each row's first document
+
+    def run(ids: Tensor, positions: Tensor) -> Tensor:
+        return model(ids, positions, lambda hidden, _weight, _bias: hidden)
+
+    packed = run(input_ids, position_ids)[:, _CUT:]
+    disturbed = run(changed, position_ids)[:, _CUT:]
+    alone = run(input_ids[:, _CUT:].contiguous(), position_ids[:, _CUT:].contiguous())
+    what_to_do = "set target.attention to sdpa, or choose an architecture that follows position_ids"
+    leak = _relative_error(disturbed, packed)
+    if not leak < 1e-5:
+        raise ModelError(
+            f"{where}: a document's hidden states change with the one packed before it (relative {leak:.1e}); "
+            + what_to_do
+        )
+    shift = _relative_error(packed, alone)
+    if not shift < (1e-3 if packed.dtype == torch.float32 else 0.1):
+        raise ModelError(
+            f"{where}: a packed document's hidden states are not those it has alone (relative {shift:.1e}); "
+            + what_to_do
+        )
+
+
+_CUT = 6
+"""Tokens of the first document in each row of the probe."""
+
+
+def _probe(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Two rows of two documents each: ids [2, 16] and positions that restart at `_CUT`."""
+    length = 16
+    ids = (torch.arange(2 * length).reshape(2, length) * 7 + 1) % 31  # every model has 31 tokens
+    positions = torch.cat([torch.arange(_CUT), torch.arange(length - _CUT)]).expand(2, -1)
+    return ids.to(weight.device), positions.contiguous().to(weight.device)
+
+
+def _check_takes_positions(model: PreTrainedModel) -> None:
+    parameters = inspect.signature(model.base_model.forward).parameters
+    if "position_ids" not in parameters:
+        raise ModelError(
+            f"{type(model).__name__}: takes no position_ids, so documents packed in a row cannot be kept "
+            "apart; choose another architecture as target"
+        )
+
+
+def _relative_error(seen: Tensor, wanted: Tensor) -> float:
+    return ((seen - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)).item()

@@ -1,0 +1,116 @@
+"""What a person sees of a run while it goes: bars on a terminal, one line a step anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+class Display(Protocol):
+    """Shows a run; entered when training starts."""
+
+    def __enter__(self) -> Display: ...
+    def __exit__(self, *_: object) -> None: ...
+    def note(self, text: str) -> None:
+        """Say something once."""
+
+    def teachers(self, states: dict[str, str]) -> None:
+        """Show how far each teacher's start-up is, by name; called again as it changes."""
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Show one record of the run."""
+
+
+def make_display(title: str = "training") -> Display:
+    """Bars where someone watches a terminal, lines in a log."""
+    return _Bars(title) if sys.stderr.isatty() else _Lines()
+
+
+def step_line(record: dict[str, Any]) -> str:
+    """One step in one line, figures named as in metrics.jsonl."""
+    wins = {k.split("/")[1]: v for k, v in record.items() if k.endswith("/win_share")}
+    parts = [
+        f"step {record['step']}/{record['steps']}",
+        f"loss {record['loss']:.4f}",
+        f"clm {record['loss/clm']:.4f}",
+        f"fusion {record['loss/fusion']:.4f}",
+        f"grad {record['grad_norm']:.2f}",
+        f"lr {record['lr']:.2e}",
+        f"{record['perf/tokens_per_s']:.0f} tok/s",
+        f"wait {record['time/wait_share']:.0%}",
+    ]
+    if wins:
+        parts.append("wins " + " ".join(f"{name} {share:.0%}" for name, share in wins.items()))
+    return "  ".join(parts)
+
+
+class _Lines:
+    """For logs: every record is one line with the time."""
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+    def teachers(self, states: dict[str, str]) -> None:
+        self.note("teachers: " + ", ".join(f"{name} {state}" for name, state in states.items()))
+
+    def show(self, record: dict[str, Any]) -> None:
+        if record["event"] == "step":
+            self.note(step_line(record))
+        else:
+            details = {k: v for k, v in record.items() if k != "event"}
+            self.note(record["event"] + "  " + "  ".join(f"{k} {v}" for k, v in details.items()))
+
+
+class _Bars:
+    """For people: a bar with the figures of the latest step."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._console = Console(stderr=True)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> _Bars:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=self._console,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task(f"{self._title}: ranks start", total=None, figures="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def note(self, text: str) -> None:
+        self._console.print(text)
+
+    def teachers(self, states: dict[str, str]) -> None:
+        self._console.print("teachers: " + ", ".join(f"{name} {state}" for name, state in states.items()))
+
+    def show(self, record: dict[str, Any]) -> None:
+        if self._progress is None or self._task is None or record["event"] != "step":
+            return
+        figures = "  ".join(step_line(record).split("  ")[1:])
+        self._progress.update(
+            self._task,
+            description=self._title,
+            total=record["steps"],
+            completed=record["step"],
+            figures=figures,
+        )

@@ -1,0 +1,318 @@
+"""Everything that can be refused before a GPU is taken, and the plan of a run in figures.
+
+`preflight` is what every run does first; `make_plan` adds the estimates that `fusellm-ray check` prints;
+`require_resources` compares the run's demand with the cluster.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+try:
+    from fusellm_ray.alignment.project import describe_alignment
+except ImportError:
+    pass
+from fusellm_ray.config import Config, ModelConfig, SimulatedEngine, TeacherConfig
+from fusellm_ray.corpus.rows import ShardReader
+from fusellm_ray.corpus.source import Corpus
+from fusellm_ray.corpus.tokens import ByteTokenizer
+from fusellm_ray.errors import ClusterError, ConfigError
+from fusellm_ray.models import ModelFacts, model_facts
+
+SAMPLE_ROWS = 8
+"""Rows of the corpus on which `check` measures alignment."""
+
+_OPTIMISER_BYTES = 16
+"""Bytes a trained parameter needs: float32 weight, gradient and two Adam moments."""
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherPlan:
+    """One teacher's part of the plan."""
+
+    name: str
+    facts: ModelFacts | None
+    """None for a simulated teacher."""
+    replicas: str
+    num_gpus: float
+    memory_bytes: int
+    wire_bytes_per_token: float
+    coverage: float
+    """Share of target positions on the sample that get a distribution."""
+    tokens_per_target_token: float
+    exact_share: float
+    """Share of the sample's positions whose boundary coincides."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run will start and move."""
+
+    target: ModelFacts
+    workers: int
+    tokens_per_step: int
+    target_memory_bytes: int
+    """Weights, gradients and optimiser state of one rank."""
+    teachers: tuple[TeacherPlan, ...]
+    num_cpus: float
+    num_gpus: float
+    demand: dict[str, float]
+    warnings: tuple[str, ...] = field(default=())
+
+
+def preflight(config: Config) -> dict[str, Any]:
+    """Load what is cheap to load, refuse what cannot work, and return the run's identity for its checkpoints.
+
+    Raises:
+        ConfigError, ModelError, TokenizerError, CorpusError: the first thing that cannot work.
+    """
+    target = model_facts(config.target)
+    if config.corpus.row_tokens > target.max_context:
+        raise ConfigError(
+            f"corpus.row_tokens={config.corpus.row_tokens} exceeds what target {config.target.model} reads at once "
+            f"({target.max_context} tokens); lower it to at most {target.max_context}"
+        )
+    tokenizer = load_tokenizer(config.target, target)
+    for i, teacher in enumerate(config.active_teachers):
+        _teacher_tokenizer(i, teacher)
+    corpus = Corpus.open(config.corpus, config.run.seed)
+    return {
+        "target": _model_identity(config.target),
+        "target_tokenizer": tokenizer.fingerprint,
+        "corpus": corpus.fingerprint,
+        "row_tokens": config.corpus.row_tokens,
+        "batch_rows": config.training.batch_rows,
+        "seed": config.run.seed,
+    }
+
+
+def load_tokenizer(model: ModelConfig, facts: ModelFacts | None) -> ByteTokenizer:
+    """The byte view of a model's tokenizer, as wide as the model's vocabulary."""
+    return ByteTokenizer.load(
+        model.model,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        vocab_size=facts.vocab_size if facts else None,
+    )
+
+
+def demand(config: Config) -> dict[str, float]:
+    """Resources that the run needs at least, by Ray's names."""
+    needs: dict[str, float] = {}
+
+    def add(resources: dict[str, float], times: int) -> None:
+        for name, amount in resources.items():
+            if amount:
+                needs[name] = needs.get(name, 0.0) + amount * times
+
+    for teacher in config.active_teachers:
+        asked = teacher.resources
+        add({"CPU": asked.num_cpus, "GPU": asked.num_gpus} | asked.custom, teacher.replicas.min)
+    rank = (
+        {"CPU": 1.0} | ({"GPU": 1.0} if config.trainer.use_gpu else {}) | config.trainer.resources_per_worker
+    )
+    add(rank, config.trainer.workers)
+    return needs
+
+
+def require_resources(config: Config) -> str | None:
+    """Refuse a run that this cluster can never hold.
+
+    Returns:
+        What is missing now, where the cluster may still grow (a joined cluster with an autoscaler); else None.
+
+    Raises:
+        ClusterError: the private cluster of this machine is too small.
+    """
+    import ray
+
+    have = ray.cluster_resources()
+    short = {name: amount for name, amount in demand(config).items() if have.get(name, 0.0) + 1e-6 < amount}
+    if not short:
+        return None
+    text = ", ".join(
+        f"{name}: asked {amount:g}, there {have.get(name, 0.0):g}" for name, amount in short.items()
+    )
+    if not os.environ.get("RAY_ADDRESS"):
+        raise ClusterError(
+            f"this machine is too small for the run ({text}); lower trainer.workers, teachers' replicas or their "
+            "resources (fractions share a core), or set RAY_ADDRESS to a larger cluster"
+        )
+    return text
+
+
+def make_plan(config: Config, *, with_cluster: bool = True) -> Plan:
+    """Check the run as `train` would, and estimate what it will take.
+
+    Args:
+        with_cluster: also compare with the resources of the cluster (RAY_ADDRESS) or of this machine.
+    """
+    preflight(config)
+    target = model_facts(config.target)
+    tokenizer = load_tokenizer(config.target, target)
+    corpus = Corpus.open(config.corpus, config.run.seed)
+    reader = ShardReader(corpus, tokenizer, 0, config.training.batch_rows, config.corpus.row_tokens)
+    segments = list(itertools.chain.from_iterable(reader.next_row().segments for _ in range(SAMPLE_ROWS)))
+    warnings = []
+    teachers = []
+    for i, teacher in enumerate(config.active_teachers):
+        facts, teacher_tokenizer = _teacher_tokenizer(i, teacher)
+        encodings = [teacher_tokenizer.sequence(s.text.decode(), s.ends_document) for s in segments]
+        sample = describe_alignment(
+            [s.text for s in segments],
+            [(s.ids, s.ends) for s in segments],
+            [(e.ids, e.ends) for e in encodings],
+            config.alignment,
+        )
+        context = teacher.max_context or (facts.max_context if facts else None)
+        longest = max(len(e.ids) for e in encodings)
+        if context is not None and longest > context:
+            warnings.append(
+                f"teacher {teacher.name}: a row takes up to {longest} of its tokens and it reads {context} at once; "
+                "rows are split for it, which costs it context"
+            )
+        if teacher.trust_remote_code:
+            warnings.append(f"teacher {teacher.name}: runs code that ships with {teacher.model}")
+        id_bytes = 2 if target.vocab_size <= 1 << 16 else 4
+        dtype = getattr(teacher.engine, "dtype", "auto")
+        teachers.append(
+            TeacherPlan(
+                name=teacher.name,
+                facts=facts,
+                replicas=f"{teacher.replicas.min}..{teacher.replicas.max}",
+                num_gpus=teacher.resources.num_gpus * teacher.replicas.min,
+                memory_bytes=facts.num_parameters * _DTYPE_BYTES[dtype] if facts else 0,
+                wire_bytes_per_token=teacher.top_k * (id_bytes + 2) + 4 + 1 / 8,
+                coverage=sample.coverage,
+                tokens_per_target_token=sum(len(e.ids) for e in encodings)
+                / sum(len(s.ids) for s in segments),
+                exact_share=sample.coinciding,
+            )
+        )
+    if config.target.trust_remote_code:
+        warnings.append(f"target: runs code that ships with {config.target.model}")
+    needs = demand(config)
+    if with_cluster:
+        warnings += _compare_with_cluster(config)
+    return Plan(
+        target=target,
+        workers=config.trainer.workers,
+        tokens_per_step=config.training.batch_rows * config.corpus.row_tokens,
+        target_memory_bytes=target.num_parameters * _OPTIMISER_BYTES // config.trainer.workers,
+        teachers=tuple(teachers),
+        num_cpus=needs.get("CPU", 0.0),
+        num_gpus=needs.get("GPU", 0.0),
+        demand=needs,
+        warnings=tuple(warnings),
+    )
+
+
+def print_plan(plan: Plan) -> None:
+    """The plan for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title="processes", title_justify="left")
+    for heading in ("role", "model", "parameters", "processes", "memory each"):
+        table.add_column(heading, justify="left" if heading in ("role", "model") else "right")
+    table.add_row(
+        "trainer rank",
+        plan.target.architecture,
+        f"{plan.target.num_parameters / 1e6:,.1f} M",
+        str(plan.workers),
+        f"{plan.target_memory_bytes / 2**30:.2f} GiB + activations",
+    )
+    for teacher in plan.teachers:
+        table.add_row(
+            f"teacher {teacher.name}",
+            teacher.facts.architecture if teacher.facts else "simulated",
+            f"{teacher.facts.num_parameters / 1e6:,.1f} M" if teacher.facts else "none",
+            teacher.replicas,
+            f"{teacher.memory_bytes / 2**30:.2f} GiB + activations",
+        )
+    console.print(table)
+    if plan.teachers:
+        table = Table(title=f"alignment, on {SAMPLE_ROWS} rows of the corpus", title_justify="left")
+        for heading in (
+            "teacher",
+            "coverage",
+            "boundaries shared",
+            "its tokens / target token",
+            "wire bytes / token",
+        ):
+            table.add_column(heading, justify="left" if heading == "teacher" else "right")
+        for teacher in plan.teachers:
+            table.add_row(
+                teacher.name,
+                f"{teacher.coverage:.3f}",
+                f"{teacher.exact_share:.3f}",
+                f"{teacher.tokens_per_target_token:.2f}",
+                f"{teacher.wire_bytes_per_token:.0f}",
+            )
+        console.print(table)
+    console.print(f"tokens a step: {plan.tokens_per_step:,}")
+    console.print(
+        "asks of the cluster: " + ", ".join(f"{name} {amount:g}" for name, amount in plan.demand.items())
+    )
+    for warning in plan.warnings:
+        console.print(f"warning: {warning}", style="yellow")
+    console.print("nothing stands against this run", style="green")
+
+
+def _compare_with_cluster(config: Config) -> list[str]:
+    import ray
+
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
+        try:
+            missing = require_resources(config)
+        finally:
+            ray.shutdown()
+        warnings = [] if os.environ.get("RAY_AUTH_MODE") != "disabled" else [_NO_AUTHENTICATION]
+        if missing:
+            wait = config.run.start_timeout_s
+            warnings.append(
+                f"the cluster must grow first ({missing}); a run waits {wait:.0f} s for it, then gives up"
+            )
+        return warnings
+    needs = demand(config)
+    cores = os.cpu_count() or 1
+    if needs.get("CPU", 0.0) > cores:
+        raise ClusterError(
+            f"CPU: asked {needs['CPU']:g}, this machine has {cores}; lower trainer.resources_per_worker or the teachers' "
+            "resources.num_cpus (fractions share a core), or set RAY_ADDRESS to a larger cluster"
+        )
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if needs.get("GPU", 0.0) > gpus:
+        raise ClusterError(
+            f"GPU: asked {needs['GPU']:g}, this machine has {gpus}; set RAY_ADDRESS to a cluster that has them, "
+            "or check the config alone with --no-cluster"
+        )
+    return []
+
+
+_NO_AUTHENTICATION = (
+    "RAY_AUTH_MODE=disabled: whoever reaches the cluster's ports can run code on it; set RAY_AUTH_MODE=token"
+)
+
+
+def _teacher_tokenizer(index: int, teacher: TeacherConfig) -> tuple[ModelFacts | None, ByteTokenizer]:
+    facts = None if isinstance(teacher.engine, SimulatedEngine) else model_facts(teacher)
+    tokenizer = load_tokenizer(teacher, facts)
+    if teacher.top_k > tokenizer.vocab_size:
+        raise ConfigError(
+            f"teachers[{index}].top_k={teacher.top_k} exceeds the vocabulary of {teacher.name} "
+            f"({tokenizer.vocab_size}); lower it to at most {tokenizer.vocab_size}"
+        )
+    return facts, tokenizer
+
+
+def _model_identity(model: ModelConfig) -> str:
+    return f"{model.model}@{model.revision}" if model.revision else model.model

@@ -1,0 +1,281 @@
+"""A rank's share of each global batch, joined with K teachers' distributions and on its device in time.
+
+    corpus shards → rows → TeacherStream (requests ahead, credits) → fuse → device → queue → training step
+                    └───────────────── one background thread ─────────────────┘
+
+Row i of every global batch comes from virtual shard i, whoever reads it: batches do not depend on the number of
+ranks, nor on what restarted on the way.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusellm_ray.alignment.project import Aligned
+from fusellm_ray.config import Config, FusionConfig, TeacherConfig
+from fusellm_ray.corpus.rows import IGNORE_INDEX, Row, Segment, ShardReader, row_arrays
+from fusellm_ray.fusion.fuse import Candidates, Fused, fuse
+from fusellm_ray.stream.client import TeacherStream
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherPart:
+    """What one teacher said of a micro-batch: N positions, S segments."""
+
+    candidates: Candidates
+    own_nats: Tensor
+    """float64 [S]: nats on its own tokens"""
+    own_tokens: Tensor
+    """float64 [S]"""
+    own_bytes: Tensor
+    """float64 [S]"""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """B rows of L tokens in one forward pass; N of their positions have a next token to predict."""
+
+    input_ids: Tensor
+    """int64 [B, L]"""
+    position_ids: Tensor
+    """int64 [B, L], restarting with each segment"""
+    positions: Tensor
+    """int64 [N], into the flattened [B · L]"""
+    gold: Tensor
+    """int64 [N]"""
+    gold_bytes: Tensor
+    """float32 [N]"""
+    segment: Tensor
+    """int64 [N], index into the S segments"""
+    domain: Tensor
+    """int64 [S], index into the corpus's sources"""
+    teachers: tuple[TeacherPart, ...]
+    fused: Fused | None
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """Move what the step needs; a no-op on the CPU."""
+        if device.type == "cpu":
+            return self
+        tensors = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("input_ids", "position_ids", "positions", "gold", "gold_bytes", "segment", "domain")
+        }
+        teachers = tuple(
+            TeacherPart(
+                part.candidates.to(device, non_blocking=True),
+                part.own_nats.to(device),
+                part.own_tokens.to(device),
+                part.own_bytes.to(device),
+            )
+            for part in self.teachers
+        )
+        fused = None if self.fused is None else _move_fused(self.fused, device)
+        return MicroBatch(**tensors, teachers=teachers, fused=fused)
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """A rank's share of one global batch."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    num_gold: int
+    """Tokens to predict in this share."""
+    cursors: dict[str, Any]
+    """Shard → where its reader stands after this batch; JSON-able."""
+    documents: tuple[str, ...]
+    """Names of the documents in it, for errors."""
+
+
+class RankBatches:
+    """Iterates over a rank's share of the global batches, working ahead in a background thread.
+
+    Args:
+        readers: the shards this rank reads, by shard number.
+        stream: requests to the teachers; None for the CLM baseline.
+        num_micro: forward passes a step, the same on every rank; ranks with fewer rows fill up with empty rows.
+        depth: finished batches kept ready.
+    """
+
+    def __init__(
+        self,
+        readers: dict[int, ShardReader],
+        stream: TeacherStream | None,
+        config: Config,
+        *,
+        pad_id: int,
+        num_micro: int,
+        device: torch.device,
+        depth: int = 2,
+    ) -> None:
+        self._readers = readers
+        self._stream = stream
+        self._config = config
+        self._pad_id = pad_id
+        self._num_micro = num_micro
+        self._device = device
+        self._domains = {source.name: i for i, source in enumerate(config.corpus.sources)}
+        self._read: deque[tuple[list[Row], dict[str, Any]]] = deque()
+        self._ready: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=depth)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> StepBatch:
+        batch = self._ready.get()
+        if isinstance(batch, BaseException):
+            raise batch
+        return batch
+
+    def close(self) -> None:
+        """Stop reading ahead; what is in flight is dropped."""
+        self._closed.set()
+        while self._thread.is_alive():
+            while not self._ready.empty():
+                self._ready.get_nowait()
+            self._thread.join(0.05)
+
+    def _work(self) -> None:
+        try:
+            for segments, answers in self._joined():
+                self._put(self._assemble(segments, answers))
+                if self._closed.is_set():
+                    return
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: StepBatch | BaseException) -> None:
+        while not self._closed.is_set():
+            try:
+                self._ready.put(item, timeout=0.2)
+                return
+            except queue.Full:
+                continue
+
+    def _joined(self) -> Iterator[tuple[list[Segment], list[list[Aligned]]]]:
+        if self._stream is None:
+            for segments in self._segments():
+                yield segments, []
+        else:
+            yield from self._stream.join(self._segments())
+
+    def _segments(self) -> Iterator[list[Segment]]:
+        """Read the next row of every shard; the rows wait in `_read` until their answers have come."""
+        while not self._closed.is_set():
+            rows = [reader.next_row() for reader in self._readers.values()]
+            cursors = {str(shard): reader.cursor() for shard, reader in self._readers.items()}
+            self._read.append((rows, cursors))
+            yield [segment for row in rows for segment in row.segments]
+
+    def _assemble(self, segments: list[Segment], answers: list[list[Aligned]]) -> StepBatch:
+        rows, cursors = self._read.popleft()
+        micro_rows = self._config.training.micro_rows
+        micro_batches = []
+        taken = 0
+        for i in range(self._num_micro):
+            some = rows[i * micro_rows : (i + 1) * micro_rows]
+            count = sum(len(row.segments) for row in some)
+            parts = [answer[taken : taken + count] for answer in answers]
+            taken += count
+            micro = make_micro_batch(
+                some or [Row(segments=())],
+                parts if some else [],
+                row_tokens=self._config.corpus.row_tokens,
+                pad_id=self._pad_id,
+                domains=self._domains,
+                fusion=self._config.fusion,
+                teachers=self._config.active_teachers,
+            )
+            micro_batches.append(micro.to(self._device))
+        assert taken == len(segments)
+        return StepBatch(
+            micro_batches=tuple(micro_batches),
+            num_gold=sum(segment.num_positions for segment in segments),
+            cursors=cursors,
+            documents=tuple(dict.fromkeys(segment.document for segment in segments)),
+        )
+
+
+def make_micro_batch(
+    rows: Sequence[Row],
+    answers: Sequence[Sequence[Aligned]],
+    *,
+    row_tokens: int,
+    pad_id: int,
+    domains: dict[str, int],
+    fusion: FusionConfig,
+    teachers: Sequence[TeacherConfig],
+) -> MicroBatch:
+    """Rows and the teachers' answers to their segments, as tensors; the teachers fused.
+
+    Args:
+        answers: for each teacher, its answer to each segment of the rows, in order. Empty: CLM only.
+    """
+    arrays = [row_arrays(row, row_tokens, pad_id) for row in rows]
+    labels = torch.from_numpy(np.concatenate([a.labels for a in arrays]))
+    positions = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    segments = [segment for row in rows for segment in row.segments]
+    segment = torch.repeat_interleave(
+        torch.arange(len(segments)), torch.tensor([s.num_positions for s in segments], dtype=torch.int64)
+    )
+    row_of_segment = torch.repeat_interleave(
+        torch.arange(len(rows)), torch.tensor([len(row.segments) for row in rows], dtype=torch.int64)
+    )
+    gold_bytes = torch.from_numpy(np.concatenate([a.gold_bytes for a in arrays]))[positions].float()
+    parts = tuple(_teacher_part(answer) for answer in answers) if segments else ()
+    fused = None
+    if parts:
+        fused = fuse(
+            [part.candidates for part in parts],
+            config=fusion,
+            segment=segment,
+            row=row_of_segment[segment],
+            gold_bytes=gold_bytes,
+            weights=[teacher.weight for teacher in teachers],
+            own_nats=torch.stack([part.own_nats for part in parts]),
+            own_tokens=torch.stack([part.own_tokens for part in parts]),
+        )
+    return MicroBatch(
+        input_ids=torch.from_numpy(np.stack([a.input_ids for a in arrays])),
+        position_ids=torch.from_numpy(np.stack([a.position_ids for a in arrays])),
+        positions=positions,
+        gold=labels[positions],
+        gold_bytes=gold_bytes,
+        segment=segment,
+        domain=torch.tensor([domains[s.domain] for s in segments], dtype=torch.int64),
+        teachers=parts,
+        fused=fused,
+    )
+
+
+def _teacher_part(answer: Sequence[Aligned]) -> TeacherPart:
+    def joined(name: str, dtype: np.typing.DTypeLike) -> Tensor:
+        return torch.from_numpy(
+            np.concatenate([getattr(part, name) for part in answer]).astype(dtype, copy=False)
+        )
+
+    return TeacherPart(
+        candidates=Candidates(
+            ids=joined("ids", np.int64),
+            logprobs=joined("logprobs", np.float32),
+            gold=joined("gold", np.float32),
+            residual=joined("residual", np.float32),
+            valid=joined("valid", np.bool_),
+        ),
+        own_nats=torch.tensor([part.teacher_nats for part in answer], dtype=torch.float64),
+        own_tokens=torch.tensor([part.teacher_tokens for part in answer], dtype=torch.float64),
+        own_bytes=torch.tensor([part.teacher_bytes for part in answer], dtype=torch.float64),
+    )
+
+
+def _move_fused(fused: Fused, device: torch.device) -> Fused:
+    names = ("ids", "logprobs", "gold", "residual", "valid", "weights")
+    return Fused(**{name: getattr(fused, name).to(device, non_blocking=True) for name in names})

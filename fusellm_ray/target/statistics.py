@@ -1,0 +1,134 @@
+"""What one step measured, summed over micro-batches and ranks, as the figures that people read.
+
+Every sum sits in one vector, so that a step needs one small all-reduce for all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusellm_ray.fusion.fuse import advantage
+from fusellm_ray.fusion.loss import ObjectiveOutput
+from fusellm_ray.target.batches import MicroBatch
+
+_SCALARS = ("loss", "tokens", "bytes", "clm", "fusion", "fused", "wait_s", "ranks")
+_PER_TEACHER = ("valid", "residual", "aligned_nats", "aligned_bytes", "own_nats", "own_bytes")
+_PER_DOMAIN = ("won", "fused_by_domain", "ahead_nats", "ahead_bytes")
+
+
+class StepStatistics:
+    """Sums of one step.
+
+    Args:
+        teachers: names, in the order of the run's config.
+        domains: names of the corpus's sources, likewise.
+    """
+
+    def __init__(self, teachers: Sequence[str], domains: Sequence[str]) -> None:
+        self._teachers = list(teachers)
+        self._domains = list(domains)
+        num_teachers, num_domains = len(teachers), len(domains)
+        shapes = dict.fromkeys(_SCALARS, ()) | dict.fromkeys(_PER_TEACHER, (num_teachers,))
+        shapes |= dict.fromkeys(_PER_DOMAIN, (num_teachers, num_domains))
+        size = sum(math.prod(shape) for shape in shapes.values())
+        self._vector = torch.zeros(size, dtype=torch.float64)
+        self._sums: dict[str, Tensor] = {}
+        start = 0
+        for name, shape in shapes.items():
+            stop = start + math.prod(shape)
+            self._sums[name] = self._vector[start:stop].view(shape)
+            start = stop
+
+    def add(self, batch: MicroBatch, output: ObjectiveOutput) -> None:
+        """Count one micro-batch and what the objective said of it."""
+        self._count("loss", output.loss.detach())
+        self._count("tokens", batch.gold.numel())
+        self._count("bytes", batch.gold_bytes.sum())
+        self._count("clm", output.clm.sum())
+        if batch.fused is None:
+            return
+        listened = output.listened
+        self._count("fusion", output.fusion[listened].sum())
+        self._count("fused", listened.sum())
+        domain = batch.domain[batch.segment]
+        num_domains = len(self._domains)
+        by_domain = torch.zeros(len(self._teachers), num_domains, dtype=torch.float64, device=domain.device)
+        heard = listened.double().expand(len(self._teachers), -1)
+        self._count("won", by_domain.index_add(1, domain, batch.fused.weights * heard))
+        self._count("fused_by_domain", by_domain.index_add(1, domain, heard))
+        ahead_nats, ahead_bytes = advantage(
+            [part.candidates for part in batch.teachers],
+            output.clm,
+            segment=batch.segment,
+            gold_bytes=batch.gold_bytes,
+            num_segments=batch.domain.numel(),
+        )
+        self._count("ahead_nats", by_domain.index_add(1, batch.domain, ahead_nats.double()))
+        self._count("ahead_bytes", by_domain.index_add(1, batch.domain, ahead_bytes.double()))
+        for name, values in _teacher_sums(batch).items():
+            self._count(name, values)
+
+    def add_wait(self, seconds: float) -> None:
+        """Count how long this rank waited for its batch."""
+        self._count("wait_s", seconds)
+        self._count("ranks", 1)
+
+    def reduce(self, device: torch.device) -> None:
+        """Sum over all ranks."""
+        if dist.get_world_size() > 1:
+            vector = self._vector.to(device)
+            dist.all_reduce(vector)
+            self._vector.copy_(vector)
+
+    def figures(self) -> dict[str, float]:
+        """The figures of the step; a figure without anything to measure is left out."""
+        sums = {name: values.tolist() for name, values in self._sums.items()}
+        figures = {
+            "loss": sums["loss"],
+            "loss/clm": _ratio(sums["clm"], sums["tokens"]),
+            "loss/fusion": _ratio(sums["fusion"], sums["fused"]),
+            "loss/bits_per_byte": _ratio(sums["clm"] / math.log(2), sums["bytes"]),
+            "tokens": sums["tokens"],
+            "fusion/listened_share": _ratio(sums["fused"], sums["tokens"]),
+            "time/wait_s": _ratio(sums["wait_s"], sums["ranks"]),
+        }
+        for k, teacher in enumerate(self._teachers):
+            at = f"teacher/{teacher}"
+            figures[f"{at}/win_share"] = _ratio(sum(sums["won"][k]), sums["fused"])
+            figures[f"{at}/coverage"] = _ratio(sums["valid"][k], sums["tokens"])
+            figures[f"{at}/residual"] = _ratio(sums["residual"][k], sums["valid"][k])
+            figures[f"{at}/fidelity"] = _ratio(
+                _ratio(sums["aligned_nats"][k], sums["aligned_bytes"][k]),
+                _ratio(sums["own_nats"][k], sums["own_bytes"][k]),
+            )
+            for d, domain in enumerate(self._domains):
+                figures[f"{at}/win_share/{domain}"] = _ratio(sums["won"][k][d], sums["fused_by_domain"][k][d])
+                figures[f"{at}/advantage/{domain}"] = _ratio(
+                    sums["ahead_nats"][k][d], sums["ahead_bytes"][k][d]
+                )
+        return {name: value for name, value in figures.items() if not math.isnan(value)}
+
+    def _count(self, name: str, value: Tensor | float) -> None:
+        self._sums[name] += value.double().cpu() if isinstance(value, Tensor) else value
+
+
+def _teacher_sums(batch: MicroBatch) -> dict[str, Tensor]:
+    candidates = [part.candidates for part in batch.teachers]
+    known = [c.gold.isfinite() for c in candidates]
+    return {
+        "valid": torch.stack([c.valid.sum() for c in candidates]),
+        "residual": torch.stack([c.residual[c.valid].exp().sum() for c in candidates]),
+        "aligned_nats": torch.stack([-c.gold[k].sum() for c, k in zip(candidates, known, strict=True)]),
+        "aligned_bytes": torch.stack([batch.gold_bytes[k].sum() for k in known]),
+        "own_nats": torch.stack([part.own_nats.sum() for part in batch.teachers]),
+        "own_bytes": torch.stack([part.own_bytes.sum() for part in batch.teachers]),
+    }
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else math.nan

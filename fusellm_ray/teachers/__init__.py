@@ -1,0 +1,1 @@
+"""Teachers as a service: engines that score text, actors that host them, pools that keep those alive."""

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.tokenizers import KINDS, build
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small trained tokenizer of each kind in `tests.tokenizers`, by kind."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    return {kind: build(kind, root / kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One private Ray for all tests that need one; its object store never overflows to disk."""
+    import ray
+
+    os.environ["RAY_automatic_object_spilling_enabled"] = "0"
+    os.environ["RAY_local_fs_capacity_threshold"] = "0.0"
+    os.environ.pop("RAY_ADDRESS", None)
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        num_cpus=8,
+        object_store_memory=512 << 20,
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()

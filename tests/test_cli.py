@@ -1,0 +1,36 @@
+"""The command line as a user meets it: real processes, exit codes, messages."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+
+def fusellm(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from fusellm_ray.cli import main; main()", *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+def test_help_answers_before_anything_heavy_is_imported():
+    code = "import sys; from fusellm_ray.cli import main; main(['--help'], standalone_mode=False); print(sorted(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for heavy in ("'torch'", "'ray'", "'transformers'", "'vllm'", "'numpy'"):
+        assert heavy not in result.stdout
+
+
+@pytest.mark.parametrize("command", ["quickstart", "train", "check", "evaluate", "export"])
+def test_every_command_has_help(command: str):
+    result = fusellm(command, "--help")
+    assert result.returncode == 0
+    assert "Usage" in result.stdout
+
+
+def test_a_bad_config_is_one_message_without_a_traceback(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"run": {"name": "a"}, "trainning": {}}))
+    result = fusellm("check", str(path))
+    assert result.returncode == 1
+    assert "did you mean 'training'?" in result.stderr
+    assert "Traceback" not in result.stderr

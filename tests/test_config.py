@@ -1,0 +1,143 @@
+"""The configuration tree: what it accepts, and what it says about what it refuses."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fusellm_ray.config import PRESETS, load_config, parse_config
+from fusellm_ray.errors import ConfigError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def minimal() -> dict:
+    return {
+        "run": {"name": "a"},
+        "target": {"model": "target"},
+        "teachers": [{"name": "t", "model": "teacher"}],
+        "corpus": {"sources": [{"name": "x", "path": "x.jsonl"}]},
+        "training": {"steps": 3},
+    }
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_loads(path: Path):
+    assert load_config(path).run.name
+
+
+def test_there_are_shipped_configs():
+    assert {path.name for path in CONFIGS.glob("*.yaml")} >= {"quickstart.yaml", "paper.yaml", "trio.yaml"}
+
+
+def test_the_paper_preset_selects_the_papers_choices_and_yields_to_the_file():
+    config = parse_config(minimal() | {"preset": "paper", "objective": {"clm_weight": 0.7}})
+    assert config.alignment.sequence == "dtw"
+    assert config.alignment.projection == "mined"
+    assert config.fusion.granularity == "row"
+    assert config.fusion.unit == "nats_per_token"
+    assert config.objective.tail == "renormalise"
+    assert config.training.batch_rows == 128
+    assert config.objective.clm_weight == 0.7
+
+
+def test_presets_are_valid():
+    for name in PRESETS:
+        parse_config(minimal() | {"preset": name})
+
+
+def refused(tree: dict) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tree, where="run.yaml")
+    return str(caught.value)
+
+
+def test_a_misspelt_key_names_the_one_that_was_meant():
+    message = refused(minimal() | {"fuson": {}})
+    assert "run.yaml" in message
+    assert "fuson: unknown key; did you mean 'fusion'?" in message
+
+
+def test_a_misspelt_key_inside_a_tagged_union_is_explained_by_that_unions_keys():
+    tree = minimal()
+    tree["teachers"][0]["engine"] = {"type": "vllm", "max_num_seq": 3}
+    assert "did you mean 'max_num_seqs'?" in refused(tree)
+
+
+def test_all_problems_are_named_at_once():
+    tree = minimal() | {"trainer": {"workers": 0}, "stream": {"deadline_s": -1}}
+    message = refused(tree)
+    assert "trainer.workers" in message
+    assert "stream.deadline_s" in message
+    assert "(got -1)" in message
+
+
+def test_two_teachers_of_one_name_are_refused():
+    tree = minimal()
+    tree["teachers"] *= 2
+    assert "two teachers are named 't'" in refused(tree)
+
+
+def test_two_sources_of_one_name_are_refused():
+    tree = minimal()
+    tree["corpus"]["sources"] *= 2
+    assert "two sources are named 'x'" in refused(tree)
+
+
+def test_a_source_has_exactly_one_origin():
+    tree = minimal()
+    tree["corpus"]["sources"] = [{"name": "x", "path": "a", "dataset": "b"}]
+    assert "exactly one of path and dataset" in refused(tree)
+
+
+def test_fusion_without_teachers_is_refused_and_the_baseline_is_not():
+    tree = minimal() | {"teachers": []}
+    assert "needs teachers" in refused(tree)
+    assert parse_config(tree | {"fusion": {"rule": "none"}}).active_teachers == []
+
+
+def test_a_rank_without_rows_is_refused():
+    tree = minimal() | {"trainer": {"workers": 9}}
+    assert "trainer.workers=9 exceeds training.batch_rows=8" in refused(tree)
+
+
+def test_overrides_reach_into_sections_and_lists(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(minimal()))
+    config = load_config(
+        path, ["training.steps=7", "teachers.0.top_k=4", "fusion.rule=mean", "target.lora.rank=8"]
+    )
+    assert config.training.steps == 7
+    assert config.teachers[0].top_k == 4
+    assert config.fusion.rule == "mean"
+    assert config.target.lora is not None
+    assert config.target.lora.rank == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("training.steps", "expected key.path=value"),
+        ("teachers.3.top_k=1", "no index of a list of 1"),
+        ("run.name.x=1", "is a value, not a section"),
+        ("training.steps=[", "not valid YAML"),
+    ],
+)
+def test_a_bad_override_is_refused_with_its_own_text(tmp_path: Path, override: str, says: str):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(minimal()))
+    with pytest.raises(ConfigError, match=r"override") as caught:
+        load_config(path, [override])
+    assert says in str(caught.value)
+    assert override.split("=")[0] in str(caught.value)
+
+
+def test_an_absent_or_malformed_file_is_named(tmp_path: Path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "absent.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- a")
+    with pytest.raises(ConfigError, match="expected a mapping"):
+        load_config(tmp_path / "list.yaml")

@@ -1,0 +1,147 @@
+"""The vLLM engine against the transformers engine, and what becomes of its processes."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from fusellm_ray.config import TeacherConfig
+from fusellm_ray.teachers.engine import Scores, make_engine
+from tests.vllm_host import CONTEXT, LENGTHS, VOCAB, K, prompts
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What tests/vllm_host.py left behind; it waits with its last engine alive."""
+    path = tmp_path_factory.mktemp("vllm")
+    log = path / "log"
+    with log.open("w") as output:
+        host = subprocess.Popen(
+            [sys.executable, "-m", "tests.vllm_host", str(path)], stdout=output, stderr=output
+        )
+    while host.poll() is None and not (path / "seen.json").exists():
+        time.sleep(0.2)
+    if host.poll() is not None:
+        pytest.fail(f"tests.vllm_host ended with {host.returncode}:\n{log.read_text()[-5000:]}")
+    (path / "pid").write_text(str(host.pid))
+    yield path
+    host.kill()
+    host.wait()
+
+
+@pytest.fixture(scope="module")
+def seen(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "seen.json").read_text())
+
+
+def load(path: Path) -> list[Scores]:
+    with np.load(path) as arrays:
+        return [
+            Scores(arrays[f"top_ids{i}"], arrays[f"top_logprobs{i}"], arrays[f"gold_logprobs{i}"])
+            for i in range(len(arrays) // 3)
+        ]
+
+
+def reference(model: Path, top_k: int = K) -> list[Scores]:
+    teacher = TeacherConfig(name="reference", model=str(model), top_k=top_k)
+    return asyncio.run(make_engine(teacher).score(prompts(), top_k))
+
+
+def assert_same(answers: list[Scores], wanted: list[Scores], atol: float = 1e-4) -> None:
+    """Equal logprobs; equal ids wherever the reference's neighbouring candidates are further apart than that."""
+    assert [len(a.gold_logprobs) for a in answers] == [len(w.gold_logprobs) for w in wanted]
+    for answer, want in zip(answers, wanted, strict=True):
+        k = answer.top_ids.shape[1]
+        assert answer.top_ids.dtype == np.int32
+        assert answer.top_logprobs.dtype == answer.gold_logprobs.dtype == np.float32
+        np.testing.assert_allclose(answer.top_logprobs, want.top_logprobs[:, :k], atol=atol)
+        np.testing.assert_allclose(answer.gold_logprobs, want.gold_logprobs, atol=atol)
+        gaps = -np.diff(want.top_logprobs, axis=1, prepend=np.inf)  # to the candidate before
+        is_apart = (gaps[:, :k] > atol) & (gaps[:, 1 : k + 1] > atol)
+        assert is_apart.mean() > 0.95 or not len(is_apart)
+        np.testing.assert_array_equal(answer.top_ids[is_apart], want.top_ids[:, :k][is_apart])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_scores_equal_the_transformers_engines(architecture: str, folder: Path) -> None:
+    assert_same(load(folder / f"{architecture}.npz"), reference(folder / architecture, K + 1))
+
+
+def test_adapter_on_a_third_architecture_scores_as_if_merged(folder: Path) -> None:
+    merged, plain = reference(folder / "merged", K + 1), reference(folder / "qwen2", K + 1)
+    assert np.abs(merged[1].gold_logprobs - plain[1].gold_logprobs).max() > 0.1
+    assert_same(load(folder / "merged.npz"), merged)
+
+
+def test_facts_come_from_the_model(seen: dict[str, Any]) -> None:
+    assert seen["vocab_size"] == VOCAB
+    assert seen["max_context"] == CONTEXT - 1 == max(LENGTHS)
+
+
+def test_flat_fallback_gives_the_same_numbers_as_raw_arrays(folder: Path, seen: dict[str, Any]) -> None:
+    assert not seen["is_flat"]
+    for raw, flat in zip(load(folder / "llama.npz"), load(folder / "flat.npz"), strict=True):
+        np.testing.assert_array_equal(raw.top_ids, flat.top_ids)
+        np.testing.assert_array_equal(raw.top_logprobs, flat.top_logprobs)
+        np.testing.assert_array_equal(raw.gold_logprobs, flat.gold_logprobs)
+
+
+def test_fewer_candidates_are_the_first_of_more(folder: Path) -> None:
+    assert_same(load(folder / "fewer.npz"), reference(folder / "llama"))
+
+
+def test_concurrent_calls_give_each_its_own_answer(folder: Path) -> None:
+    assert_same(load(folder / "concurrent.npz"), reference(folder / "llama", K + 1) * 3)
+
+
+def test_what_the_engine_cannot_take_is_refused_before_it_gets_there(seen: dict[str, Any]) -> None:
+    assert "teacher first: prompt 0 has 128 tokens, limit 127" in seen["too_long"]
+    assert "teacher first: prompt 0 has ids 0..300, the model's are 0..299" in seen["foreign_id"]
+    assert "top_k=8, started for at most 7" in seen["too_many"]
+    for error in (seen["too_long"], seen["foreign_id"], seen["too_many"]):
+        assert error.startswith("EngineError: ")
+
+
+def test_stop_leaves_no_child(seen: dict[str, Any]) -> None:
+    assert seen["children_while_alive"] >= 1
+    assert seen["children_after_stop"] == 0
+    assert seen["after_stop"] == "EngineError: teacher first: asked to score after it was stopped"
+
+
+def test_killed_engine_is_reported_with_its_signal_not_waited_for(seen: dict[str, Any]) -> None:
+    for error in (seen["pending_at_death"], seen["after_death"]):
+        assert error.startswith("EngineError: teacher second: its engine died; process ")
+        assert "SIGKILL" in error
+    assert seen["death_noticed_s"] < 5
+
+
+def test_engine_that_does_not_start_says_why(seen: dict[str, Any]) -> None:
+    assert seen["damaged"].startswith("EngineError: teacher damaged: vLLM did not start; SafetensorError: ")
+    assert seen["children_after_failure"] == 0
+
+
+def test_no_process_outlives_a_killed_host(folder: Path, seen: dict[str, Any]) -> None:
+    """Last: it kills the host."""
+    assert len(seen["pids"]) >= 2, "an engine core and a worker below it"
+    assert all(psutil.pid_exists(pid) for pid in seen["pids"])
+    psutil.Process(int((folder / "pid").read_text())).kill()
+    deadline = time.monotonic() + 30
+    while any(psutil.pid_exists(pid) for pid in seen["pids"]):
+        assert time.monotonic() < deadline, "still there half a minute after the host was killed"
+        time.sleep(0.1)

@@ -1,0 +1,154 @@
+"""Loading refuses what is unsafe or absent; the structure checks accept sound architectures and refuse others."""
+
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fusellm_ray.config import ModelConfig, TeacherConfig
+from fusellm_ray.errors import ModelError
+from fusellm_ray.models import (
+    HeadedModel,
+    build_on_meta,
+    check_head,
+    check_packing,
+    check_structure,
+    hidden_states,
+    lm_head,
+    load_causal_lm,
+    model_facts,
+)
+from tests.models import tiny_model
+
+SOUND = ["llama", "llama_tied", "qwen2", "mistral", "gemma3", "gpt_neox", "gpt2"]
+
+
+def load(folder, attention=None):
+    return load_causal_lm(ModelConfig(model=str(folder)), dtype=torch.float32, attention=attention)
+
+
+@pytest.mark.parametrize("architecture", SOUND)
+def test_sound_architectures_pass_the_structure_check(architecture, tmp_path):
+    check_structure(load(tiny_model(architecture, 97, tmp_path)))
+
+
+def test_eager_attention_keeps_documents_apart_too(tmp_path):
+    check_structure(load(tiny_model("llama", 97, tmp_path), attention="eager"))
+
+
+def test_an_architecture_that_caps_its_logits_is_refused_by_name(tmp_path):
+    model = load(tiny_model("gemma2", 97, tmp_path))
+    model.config.final_logit_softcapping = 0.5  # the default of 30 is far above a tiny model's logits
+    with pytest.raises(ModelError, match="Gemma2ForCausalLM.*soft-capping"):
+        check_head(model)
+
+
+def test_an_architecture_without_positions_is_refused_by_name(tmp_path):
+    with pytest.raises(ModelError, match=r"BloomForCausalLM.*position_ids"):
+        check_structure(load(tiny_model("bloom", 97, tmp_path)))
+
+
+def test_a_model_that_lets_documents_see_each_other_is_refused(tmp_path):
+    model = load(tiny_model("llama", 97, tmp_path))
+    body = model.base_model.forward
+
+    def leaking(input_ids, position_ids, attention_mask, use_cache):
+        everything = torch.ones_like(input_ids)  # a mask that is given switches the packed one off
+        return body(
+            input_ids=input_ids, position_ids=position_ids, attention_mask=everything, use_cache=use_cache
+        )
+
+    model.base_model.forward = leaking
+    with pytest.raises(ModelError, match="packed before it"):
+        check_packing(HeadedModel(model))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3"])
+def test_a_packed_document_has_the_hidden_states_it_has_alone(architecture, tmp_path):
+    """Documents longer than the sliding window (8), different cuts in each row of the batch."""
+    model = load(tiny_model(architecture, 97, tmp_path))
+    ids = torch.randint(97, (2, 30))
+    cuts = [[0, 11, 12, 30], [0, 1, 19, 30]]
+    positions = torch.stack(
+        [torch.cat([torch.arange(b - a) for a, b in zip(c, c[1:], strict=False)]) for c in cuts]
+    )
+    with torch.no_grad():
+        packed = hidden_states(model, ids, positions)
+        for row, cut in enumerate(cuts):
+            for start, stop in zip(cut, cut[1:], strict=False):
+                alone = hidden_states(model, ids[row : row + 1, start:stop], torch.arange(stop - start)[None])
+                torch.testing.assert_close(packed[row, start:stop], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_forward_of_a_headed_model_gives_the_function_what_makes_the_logits(tmp_path):
+    model = load(tiny_model("gpt_neox", 97, tmp_path))
+    ids = torch.randint(97, (2, 9))
+    positions = torch.arange(9).expand(2, -1)
+    logits = HeadedModel(model)(ids, positions, torch.nn.functional.linear)
+    torch.testing.assert_close(logits, model(input_ids=ids).logits)
+    assert lm_head(model)[0].shape == (97, 32)
+
+
+def test_facts_agree_with_the_loaded_model(tmp_path):
+    config = ModelConfig(model=str(tiny_model("gpt2", 101, tmp_path)))
+    facts = model_facts(config)
+    model = load(tmp_path)
+    assert facts.architecture == type(model).__name__
+    assert (facts.vocab_size, facts.max_context, facts.hidden_size, facts.num_layers) == (101, 128, 32, 2)
+    assert facts.num_parameters == model.num_parameters()
+
+
+def test_a_teacher_without_a_stated_context_needs_one_in_its_config(tmp_path):
+    model = str(tiny_model("bloom", 97, tmp_path))
+    with pytest.raises(ModelError, match="set max_context"):
+        model_facts(ModelConfig(model=model))
+    assert model_facts(TeacherConfig(name="b", model=model, max_context=64)).max_context == 64
+
+
+def test_a_skeleton_takes_no_memory_and_has_the_same_parameters(tmp_path):
+    folder = tiny_model("qwen2", 97, tmp_path)
+    skeleton = build_on_meta(ModelConfig(model=str(folder)))
+    assert all(p.is_meta for p in skeleton.parameters())
+    assert {n: p.shape for n, p in skeleton.named_parameters()} == {
+        n: p.shape for n, p in load(folder).named_parameters()
+    }
+
+
+def test_an_attention_implementation_the_architecture_lacks_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="set target.attention"):
+        load(tiny_model("bloom", 97, tmp_path), attention="sdpa")
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(ModelError, match="no such folder"):
+        load(tmp_path / "absent")
+
+
+def test_a_folder_without_config_is_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        load(tmp_path)
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    tiny_model("llama", 97, tmp_path)
+    torch.save(AutoModelForCausalLM.from_pretrained(tmp_path).state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"\.bin.*never loaded.*save_pretrained"):
+        load(tmp_path)
+
+
+def test_a_config_that_is_no_language_model_is_refused(tmp_path):
+    tiny_model("llama", 97, tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}')
+    with pytest.raises(ModelError, match="unheard_of"):
+        load(tmp_path)
+
+
+def test_a_hub_id_without_network_fails_within_seconds(monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", "/nonexistent")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    start = time.monotonic()
+    with pytest.raises(ModelError, match="nobody/no-such-model"):
+        load_causal_lm(ModelConfig(model="nobody/no-such-model"), dtype=torch.float32)
+    assert time.monotonic() - start < 10
