@@ -2,11 +2,12 @@
 
     python -m benchmarks.objective            # the last line is one JSON object
 
-Three ways through the same head, the same positions: `fused` (two teachers fused, then the objective), `clm` (the
-same fused head, no teachers) and `dense` (all logits, then cross_entropy). Times are medians of interleaved
-repeats in one process, wall clock on a CPU, events on a GPU. Memory is measured once a way: on a CPU in a process
-of its own as the growth of its peak resident set during the step (the kernel's high-water mark, reset before),
-less the head's gradient; on a GPU by the allocator's peak.
+Three ways through the same head and positions: `fused` (two teachers fused, then the objective), `clm` (the same
+fused head, no teachers) and `dense` (all logits, then cross_entropy). Times are medians of interleaved repeats in
+one process: on a GPU by events; on a CPU wall clock, but for one thread the process's CPU time, which is what the
+wall clock shows on an idle machine and does not count its other work. Memory is measured once a way: on a CPU in
+a process of its own, as the growth of its peak resident set during the step (the kernel's high-water mark, reset
+before), less the head's gradient; on a GPU by the allocator's peak.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,31 +40,38 @@ def main() -> None:
         print(json.dumps(measure_memory(args, args.memory_of)))
         return
     memory = {way: memory_of(args, way) for way in WAYS}
-    times, cpu_times = measure_times(args)
-    seconds = {way: statistics.median(times[way]) for way in WAYS}
+    clocks = measure_times(args)
+    clock = "cuda events" if args.device == "cuda" else "cpu" if args.threads == 1 else "wall"
+    seconds = {way: statistics.median(times) for way, times in clocks[clock].items()}
     for way in WAYS:
-        spread = f"{min(times[way]):.3f} to {max(times[way]):.3f}"
+        low, high, mib = min(clocks[clock][way]), max(clocks[clock][way]), memory[way] / 2**20
         print(
-            f"{way:6} {seconds[way]:8.3f} s ({spread})   {memory[way] / 2**20:9.1f} MiB above weights and gradients"
+            f"{way:6} {seconds[way]:8.3f} s ({low:.3f} to {high:.3f}) {mib:9.1f} MiB above weights and gradients"
         )
+    settings = (
+        "dtype",
+        "threads",
+        "repeats",
+        "vocab_size",
+        "hidden_size",
+        "positions",
+        "top_k",
+        "chunk_tokens",
+    )
     report = {
-        "time_over_fused_clm": seconds["fused"] / seconds["clm"],
-        "time_over_dense_clm": seconds["fused"] / seconds["dense"],
-        "peak_memory_over_dense_clm": memory["fused"] / memory["dense"],
+        "time_over_fused_clm": round(seconds["fused"] / seconds["clm"], 4),
+        "time_over_dense_clm": round(seconds["fused"] / seconds["dense"], 4),
+        "peak_memory_over_dense_clm": round(memory["fused"] / memory["dense"], 4),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-        **{key: getattr(args, key) for key in ("dtype", "threads", "repeats", "vocab_size", "hidden_size")},
-        **{
-            key: getattr(args, key)
-            for key in ("positions", "top_k", "chunk_tokens", "rule", "divergence", "tail")
+        "clock": clock,
+        **{key: getattr(args, key) for key in (*settings, "rule", "divergence", "tail")},
+        "seconds": {
+            name: {way: round(statistics.median(times), 4) for way, times in ways.items()}
+            for name, ways in clocks.items()
         },
-        "seconds": {way: round(seconds[way], 4) for way in WAYS},
         "memory_mib": {way: round(memory[way] / 2**20, 1) for way in WAYS},
     }
-    if args.device == "cpu":
-        cpu = {way: statistics.median(cpu_times[way]) for way in WAYS}
-        report["cpu_time_over_fused_clm"] = cpu["fused"] / cpu["clm"]
-        report["cpu_time_over_dense_clm"] = cpu["fused"] / cpu["dense"]
-    print(json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in report.items()}))
+    print(json.dumps(report))
 
 
 def parse_args() -> argparse.Namespace:
@@ -146,7 +153,7 @@ def random_teacher(gold: Tensor, vocab_size: int, top_k: int, rng: torch.Generat
     """Distinct candidates, never gold, of masses as peaked as a model's; one position in twenty without any."""
     N = len(gold)
     stride = vocab_size // (top_k + 1)
-    ids = gold[:, None] + 1 + torch.arange(top_k) * stride + torch.randint(stride - 1, (N, 1), generator=rng)
+    ids = gold[:, None] + 1 + torch.randint(stride - 1, (N, 1), generator=rng) + torch.arange(top_k) * stride
     masses = torch.rand(N, top_k + 2, generator=rng).pow(4).add(1e-6)
     logs = (masses / masses.sum(1, keepdim=True)).log()
     logprobs = logs[:, :top_k].sort(dim=1, descending=True).values
@@ -157,31 +164,32 @@ def random_teacher(gold: Tensor, vocab_size: int, top_k: int, rng: torch.Generat
 # ---------------------------------------------------------------------------------------- time
 
 
-def measure_times(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+def measure_times(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    """Seconds by clock and way."""
     step = Step(args)
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
-    cpu_times: dict[str, list[float]] = {way: [] for way in WAYS}
+    names = ("cuda events",) if args.device == "cuda" else ("wall", "cpu")
+    clocks: dict[str, dict[str, list[float]]] = {name: {way: [] for way in WAYS} for name in names}
     warm_up(args)
     for repeat in range(args.repeats):
         # The order turns, so that no way always follows the same other.
-        for way in WAYS[repeat % len(WAYS) :] + WAYS[: repeat % len(WAYS)]:
-            cpu_start = time.process_time()
-            times[way].append(timed(lambda way=way: step.run(way), args.device))  # type: ignore[misc]
-            cpu_times[way].append(time.process_time() - cpu_start)
-    return times, cpu_times
+        turn = repeat % len(WAYS)
+        for way in WAYS[turn:] + WAYS[:turn]:
+            for name, elapsed in timed(step, way, args.device).items():
+                clocks[name][way].append(elapsed)
+    return clocks
 
 
-def timed(run: Callable[[], None], device: str) -> float:
+def timed(step: Step, way: str, device: str) -> dict[str, float]:
     if device == "cpu":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
+        wall, cpu = time.perf_counter(), time.process_time()
+        step.run(way)
+        return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
-    run()
+    step.run(way)
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return {"cuda events": begin.elapsed_time(end) / 1e3}
 
 
 def warm_up(args: argparse.Namespace) -> None:

@@ -39,13 +39,12 @@ def main() -> None:
 @click.option("--seed", default=0, show_default=True, help="Seed of the data order.")
 @click.option("--steps", type=click.IntRange(min=1), help="Optimiser steps of each arm.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Where the models are kept.")
-@click.option("--fresh", is_flag=True, help="Train again even if this seed's runs are finished.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the table as JSON, too.")
-def quickstart(seed: int, steps: int | None, cache: Path | None, fresh: bool, json_path: Path | None) -> None:
+def quickstart(seed: int, steps: int | None, cache: Path | None, json_path: Path | None) -> None:
     """Build three small experts from text on this machine, and fuse them into a fourth model."""
     from fusellm_ray.quickstart.run import run_quickstart
 
-    sys.exit(run_quickstart(seed=seed, steps=steps, cache=cache, fresh=fresh, json_path=json_path))
+    sys.exit(run_quickstart(seed=seed, steps=steps, cache=cache, json_path=json_path))
 
 
 @main.command()

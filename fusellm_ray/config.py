@@ -8,6 +8,7 @@ Every key has a docstring under it; an unknown key is refused with the name that
 from __future__ import annotations
 
 import difflib
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -38,6 +39,11 @@ class ModelConfig(Frozen):
     """Hub revision: a branch, a tag or a commit."""
     trust_remote_code: bool = False
     """Run code that ships with the model. Off unless you have read that code."""
+
+    @field_validator("model")
+    @classmethod
+    def _expand_home(cls, model: str) -> str:
+        return os.path.expanduser(model)
 
 
 class LoraConfig(Frozen):
@@ -169,6 +175,11 @@ class SourceConfig(Frozen):
     """Share of the bytes read, relative to the other sources."""
     streaming: bool = False
     """Read a dataset as it comes instead of downloading it first."""
+
+    @field_validator("path", "dataset")
+    @classmethod
+    def _expand_home(cls, place: str | None) -> str | None:
+        return place if place is None else os.path.expanduser(place)
 
     @model_validator(mode="after")
     def _one_origin(self) -> SourceConfig:

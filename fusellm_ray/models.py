@@ -3,8 +3,8 @@
 A `ModelConfig` enters; a `transformers` model leaves. Teachers, the target and evaluation load through here.
 
 The objective never asks a model for logits: it takes hidden states and the LM head and works in chunks. And
-rows are packed, so a document must not see the ones before it. `check_structure` proves on the loaded model that
-both are sound for its architecture.
+rows are packed, so a document must not see the ones before it. `check_structure` proves on the loaded model
+that both are sound for its architecture.
 """
 
 from __future__ import annotations
@@ -84,9 +84,15 @@ def load_causal_lm(
     Raises:
         ModelError: missing folder, no safetensors, hub id out of reach, or no causal language model.
     """
-    return _from_pretrained(
-        AutoModelForCausalLM.from_pretrained, config, use_safetensors=True, **_kind(dtype, attention)
-    )
+
+    def load(name: str, **kwargs: Any) -> PreTrainedModel:
+        # With PEFT installed, transformers looks for an adapter too, and would ask the hub for it.
+        adapter = {"local_files_only": kwargs["local_files_only"]}
+        return AutoModelForCausalLM.from_pretrained(
+            name, adapter_kwargs=adapter, use_safetensors=True, **kwargs
+        )
+
+    return _from_pretrained(load, config, **_kind(dtype, attention))
 
 
 def build_on_meta(
@@ -122,19 +128,20 @@ def _read_config(config: ModelConfig) -> PretrainedConfig:
 
 
 def _from_pretrained(load: Callable[..., T], config: ModelConfig, **kwargs: Any) -> T:
+    name, is_local = _origin(config)
     return _explained(
         config,
         load,
-        config.model,
+        name,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
-        local_files_only=_check_origin(config),
+        local_files_only=is_local,
         **kwargs,
     )
 
 
-def _check_origin(config: ModelConfig) -> bool:
-    """Refuse a folder that cannot be a model; for a hub id, say whether only the cache can be read."""
+def _origin(config: ModelConfig) -> tuple[str, bool]:
+    """The folder or hub id, and whether only this machine is asked; a folder that is no model is refused."""
     folder = Path(config.model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -146,10 +153,10 @@ def _check_origin(config: ModelConfig) -> bool:
                 f"{config.model}: the folder has no *.safetensors file; pickled weights (.bin, .pt) are "
                 "never loaded, convert them: model.save_pretrained(folder)"
             )
-        return True
+        return str(folder), True
     if config.model.count("/") > 1 or config.model.startswith((".", "/", "~")):
         raise ModelError(f"{config.model}: no such folder (seen from this machine); check the path")
-    return not _hub_answers(config)
+    return config.model, not _hub_answers(config)
 
 
 def _hub_answers(config: ModelConfig) -> bool:
@@ -234,8 +241,8 @@ class HeadedModel(nn.Module):
     ) -> T:
         """Return head(hidden [B, L, d], weight [V, d], bias [V] or None).
 
-        What `head` returns must be a tensor, or tuples, lists and dicts of tensors: FSDP looks for gradients in
-        these.
+        What `head` returns must be a tensor, or tuples, lists and dicts of tensors: there FSDP looks for
+        gradients.
         """
         hidden = hidden_states(self.causal_lm, input_ids, position_ids)
         return head(hidden, *lm_head(self.causal_lm))
@@ -276,8 +283,8 @@ def check_head(model: PreTrainedModel) -> None:
     error = _relative_error(ours, own)
     if not error < (1e-4 if own.dtype == torch.float32 else 0.1):
         raise ModelError(
-            f"{name}: hidden states times the LM head are not the model's logits (relative error {error:.1e}); it "
-            "changes its logits after the head (soft-capping, scaling), which the objective does not follow: "
+            f"{name}: hidden states times the LM head are not its logits (relative error {error:.1e}); "
+            "it changes logits after the head (soft-capping, scaling), which the objective cannot follow: "
             "choose another architecture as target"
         )
 
@@ -308,13 +315,13 @@ def check_packing(model: HeadedModel) -> None:
     leak = _relative_error(disturbed, packed)
     if not leak < 1e-5:
         raise ModelError(
-            f"{where}: a document's hidden states change with the one packed before it (relative {leak:.1e}); "
+            f"{where}: hidden states change with the document packed before theirs (relative {leak:.1e}); "
             + what_to_do
         )
     shift = _relative_error(packed, alone)
     if not shift < (1e-3 if packed.dtype == torch.float32 else 0.1):
         raise ModelError(
-            f"{where}: a packed document's hidden states are not those it has alone (relative {shift:.1e}); "
+            f"{where}: hidden states of a packed document differ from its own alone (relative {shift:.1e}); "
             + what_to_do
         )
 

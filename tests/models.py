@@ -28,7 +28,7 @@ ARCHITECTURES = {
 
 
 def tiny_model(architecture: str, vocab_size: int, folder: Path, seed: int = 0) -> Path:
-    """Save a model of d = 32 with 2 layers and a context of 128 as safetensors (no tokenizer); return its folder.
+    """Save a model of d = 32 with 2 layers and a context of 128 as safetensors, no tokenizer.
 
     Weights are drawn ten times wider than usual (0.2), so that attention matters to the output.
     """

@@ -17,7 +17,7 @@ _CONTEXT.set_forkserver_preload(
 
 
 def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Call function(mesh, *args) on every rank; return what each returned, by rank (no tensors: they would be shared)."""
+    """Call function(mesh, *args) on every rank; return by rank what each returned (no tensors)."""
     with (
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(num_ranks, mp_context=_CONTEXT) as pool,

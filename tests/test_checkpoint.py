@@ -82,7 +82,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def saved(model_folder, tmp_path_factory):
-    """A checkpoint of two ranks, each of which wrote into a folder of its own, brought together; and its content."""
+    """A checkpoint of two ranks, each of which wrote into a folder of its own, and its content."""
     root = tmp_path_factory.mktemp("checkpoints")
     contents = run_ranks(2, save_own_folders, model_folder, str(root))
     together = root / "together"
@@ -135,6 +135,19 @@ def test_a_checkpoint_is_safetensors_and_json_and_lists_its_files(saved):
     assert names == {STATE_FILE, *state["files"]}
     assert all(name.endswith(".safetensors") for name in state["files"])
     assert {key: state[key] for key in STATE} == STATE
+
+
+def test_state_that_is_large_goes_to_several_files(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("fusellm_ray.target.checkpoint.FILE_BYTES", 100_000)
+    model = HeadedModel(load_causal_lm(ModelConfig(model=model_folder), dtype=torch.float32))
+    optimizer = make_optimizer(model, TRAINING)
+    step(model, optimizer, 0)
+    before = snapshot(model, optimizer)
+    write_checkpoint(tmp_path, model, optimizer, STATE)
+    assert len(read_state(tmp_path)["files"]) > 3
+    step(model, optimizer, 1)
+    load_checkpoint(tmp_path, model, optimizer)
+    assert snapshot(model, optimizer) == before
 
 
 def test_a_checkpoint_without_its_marker_is_refused(copy):
@@ -196,6 +209,13 @@ def test_an_export_loads_with_transformers_and_has_the_trained_weights(dtype, sa
     assert tokenizer(text).input_ids == original(text).input_ids
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     assert not [path for path in out.iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_a_generation_config_that_cannot_be_saved_does_not_cost_the_export(saved, model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.9, "top_p": 0.6}')
+    out = export_model(saved[0], TargetConfig(model=str(folder)), tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(out).generation_config.temperature in (None, 1.0)
 
 
 def test_an_export_never_overwrites(saved, model_folder, tmp_path):

@@ -18,7 +18,7 @@ V, D, K = 37, 8, 5
 
 
 def make_batch(n: int, seed: int = 0, dtype: torch.dtype = torch.float64, vocab_size: int = V):
-    """(hidden, weight, bias, gold, fused); some positions ignored, some without teachers, some slots unused."""
+    """(hidden, weight, bias, gold, fused); positions ignored or without teachers, slots unused."""
     rng = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n, D, generator=rng, dtype=torch.float64)
     weight = torch.randn(vocab_size, D, generator=rng, dtype=torch.float64)
@@ -385,7 +385,7 @@ def test_float16_masses_that_sum_to_more_than_one_leave_a_divergence_of_at_least
     identity = torch.eye(V)
     config = ObjectiveConfig(clm_weight=0.0, divergence=divergence, tail=tail)
     output = objective(full.float(), identity, None, gold, inflated, config=config, denominator=1.0)
-    # The target is the teacher: nothing but the wire's rounding is left (and, renormalised, the paper's bias).
+    # The target is the teacher: all that is left is rounding (and, renormalised, the paper's bias).
     assert (output.fusion > -1e-6).all()
     if tail == "bucket":
         assert output.fusion.max() < 1e-4

@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from fusellm_ray.alignment.project import Aligned
-from fusellm_ray.config import Config
+from fusellm_ray.config import Config, StreamConfig
 from fusellm_ray.corpus.rows import Segment
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.errors import AlignmentError, ClusterError, ConfigError, FrameError, TeacherLostError
@@ -26,6 +26,8 @@ from fusellm_ray.teachers.replica import Description, TeacherReplica
 from tests.models import tiny_model
 from tests.tokenizers import VOCAB_SIZE, build, training_text
 
+PATIENCE_S = 300.0
+"""For processes to start: seconds on an idle machine, minutes on a busy one."""
 TEXT = "".join(training_text())
 Joined = list[tuple[list[Segment], list[list[Aligned]]]]
 
@@ -70,11 +72,12 @@ class Service:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.teachers = {t.name: t for t in config.active_teachers}
 
     def __enter__(self) -> Service:
         self.pools = start_pools(self.config)
         try:
-            self.descriptions = wait_ready(self.pools, 120)
+            self.descriptions = wait_ready(self.pools, PATIENCE_S)
         except BaseException:
             stop_pools(self.pools)
             raise
@@ -83,26 +86,69 @@ class Service:
     def __exit__(self, *_: object) -> None:
         stop_pools(self.pools)
 
-    def addresses(self, **changes: Any) -> list[TeacherAddress]:
-        return [
+    def stream(self, *names: str, fingerprint: str | None = None, **config: Any) -> TeacherStream:
+        """From some of the teachers, all by default."""
+        addresses = [
             TeacherAddress(
-                **{
-                    "name": t.name,
-                    "fingerprint": self.descriptions[t.name].fingerprint,
-                    "top_k": t.top_k,
-                    "pool": self.pools[t.name],
-                    **changes,
-                }
+                name=name,
+                fingerprint=fingerprint or self.descriptions[name].fingerprint,
+                top_k=self.teachers[name].top_k,
+                pool=self.pools[name],
             )
-            for t in self.config.active_teachers
+            for name in names or self.teachers
         ]
-
-    def stream(self, **changes: Any) -> TeacherStream:
-        return TeacherStream(self.addresses(**changes), self.config.stream, VOCAB_SIZE)
+        return TeacherStream(addresses, StreamConfig(**{"deadline_s": PATIENCE_S, **config}), VOCAB_SIZE)
 
     def replicas(self, teacher: str) -> list[Description]:
         table = ray.get(self.pools[teacher].table.remote())
         return ray.get([handle.describe.remote() for handle in table.handles.values()])
+
+    def alone(self, asked: list[list[Segment]], *names: str) -> list[list[list[Aligned]]]:
+        """What teachers answer to each batch in this process, without Ray: the reference."""
+
+        async def answers(name: str) -> list[list[Aligned]]:
+            replica = TeacherReplica(self.teachers[name], self.config.target, self.config.alignment)
+            description = await replica.describe()
+            parts = [
+                decode_frame(
+                    await replica.score(encode_request(batch)),
+                    teacher=name,
+                    fingerprint=description.fingerprint,
+                    vocab_size=VOCAB_SIZE,
+                    num_positions=[s.num_positions for s in batch],
+                )
+                for batch in asked
+            ]
+            await replica.stop()
+            return parts
+
+        by_teacher = [asyncio.run(answers(name)) for name in names or self.teachers]
+        return [list(parts) for parts in zip(*by_teacher, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def real(models: dict[str, Path]) -> Iterator[Service]:
+    """Two transformers teachers with two tokenizers, neither of them the target's."""
+    config = run_config(
+        models,
+        {"name": "sp", "model": str(models["sp"]), "replicas": {"min": 2, "max": 2}},
+        {"name": "uni", "model": str(models["uni"])},
+    )
+    with Service(config) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def costed(models: dict[str, Path]) -> Iterator[Service]:
+    """Teachers without weights: an instant one, one that needs 2 s for its self-test and 12 s for a batch."""
+    config = run_config(
+        models,
+        simulated(models, replicas=2),
+        simulated(models, "slow", tokens_per_s=40),
+        deadline_s=12,  # the pool restarts what hangs for half of it
+    )
+    with Service(config) as service:
+        yield service
 
 
 def is_alive(pid: int) -> bool:
@@ -138,29 +184,6 @@ def batches(models: dict[str, Path], count: int, segments: int = 3, size: int = 
     return made
 
 
-def in_this_process(config: Config, asked: list[list[Segment]]) -> list[list[list[Aligned]]]:
-    """What each teacher answers to each batch, without Ray: the reference."""
-
-    async def answers(teacher: Any) -> list[list[Aligned]]:
-        replica = TeacherReplica(teacher, config.target, config.alignment)
-        description = await replica.describe()
-        parts = [
-            decode_frame(
-                await replica.score(encode_request(batch)),
-                teacher=teacher.name,
-                fingerprint=description.fingerprint,
-                vocab_size=VOCAB_SIZE,
-                num_positions=[s.num_positions for s in batch],
-            )
-            for batch in asked
-        ]
-        await replica.stop()
-        return parts
-
-    by_teacher = [asyncio.run(answers(teacher)) for teacher in config.active_teachers]
-    return [list(parts) for parts in zip(*by_teacher, strict=True)]
-
-
 def assert_same_bits(seen: Joined, asked: list[list[Segment]], wanted: list[list[list[Aligned]]]) -> None:
     assert [segments for segments, _ in seen] == asked
     assert all(a is b for (a, _), b in zip(seen, asked, strict=True))
@@ -171,30 +194,16 @@ def assert_same_bits(seen: Joined, asked: list[list[Segment]], wanted: list[list
                     np.testing.assert_array_equal(getattr(part, name), getattr(want, name))
 
 
-@pytest.fixture(scope="module")
-def two_real_teachers(models: dict[str, Path]) -> Iterator[Service]:
-    pair = {"replicas": {"min": 2, "max": 2}}
-    config = run_config(
-        models,
-        {"name": "sp", "model": str(models["sp"]), **pair},
-        {"name": "uni", "model": str(models["uni"]), **pair},
-        in_flight_tokens=2000,
-        deadline_s=60,
-    )
-    with Service(config) as service:
-        yield service
-
-
 # ---------------------------------------------------------------------------------------- streaming
 
 
 def test_two_teachers_with_other_tokenizers_answer_as_they_do_alone(
-    two_real_teachers: Service, models: dict[str, Path]
+    real: Service, models: dict[str, Path]
 ) -> None:
     asked = batches(models, 12)
-    stream = two_real_teachers.stream()
+    stream = real.stream(in_flight_tokens=2000)
     seen = list(stream.join(asked))
-    assert_same_bits(seen, asked, in_this_process(two_real_teachers.config, asked))
+    assert_same_bits(seen, asked, real.alone(asked))
     coverage = np.concatenate([part.valid for _, parts in seen for part in parts[0]]).mean()
     assert coverage > 0.95
     positions = sum(s.num_positions for batch in asked for s in batch)
@@ -202,63 +211,48 @@ def test_two_teachers_with_other_tokenizers_answer_as_they_do_alone(
         assert (traffic.answers, traffic.positions, traffic.retries) == (12, positions, 0)
         assert 0 < traffic.answer_bytes < positions * 60
     assert stream.wait_s > 0
+    stats = ray.get(real.pools["uni"].stats.remote())[0]
+    assert stats.positions == positions
+    assert stats.segments == 36
+    assert stats.coverage == pytest.approx(coverage, abs=0.05)
+    assert stats.fidelity == pytest.approx(1.0, abs=0.05)
 
 
-def test_killed_replicas_change_nothing_in_what_is_joined(
-    two_real_teachers: Service, models: dict[str, Path]
-) -> None:
+def test_killed_replicas_change_nothing_in_what_is_joined(real: Service, models: dict[str, Path]) -> None:
     asked = batches(models, 30)
-    wanted = in_this_process(two_real_teachers.config, asked)
-    victims = [two_real_teachers.replicas("sp")[0].pid, two_real_teachers.replicas("uni")[1].pid]
-    stream = two_real_teachers.stream()
+    victims = [real.replicas("sp")[0].pid, real.replicas("uni")[0].pid]
+    stream = real.stream(in_flight_tokens=2000)
     seen: Joined = []
     for number, joined in enumerate(stream.join(asked)):
         seen.append(joined)
         if number in (4, 9):
             os.kill(victims.pop(), signal.SIGKILL)
-    assert_same_bits(seen, asked, wanted)
-    wait_ready(two_real_teachers.pools, 60)
-
-
-def test_the_loss_of_all_replicas_at_once_is_waited_out(
-    two_real_teachers: Service, models: dict[str, Path]
-) -> None:
-    asked = batches(models, 10)
-    stream = two_real_teachers.stream()
-    seen: Joined = []
-    for number, joined in enumerate(stream.join(asked)):
-        seen.append(joined)
-        if number == 2:
-            for replica in two_real_teachers.replicas("sp"):
-                os.kill(replica.pid, signal.SIGKILL)
-    assert_same_bits(seen, asked, in_this_process(two_real_teachers.config, asked))
-    assert stream.stats()["sp"].retries > 0
-    wait_ready(two_real_teachers.pools, 60)
+    assert_same_bits(seen, asked, real.alone(asked))
+    assert stream.stats()["uni"].retries > 0
+    wait_ready(real.pools, PATIENCE_S)
 
 
 def test_a_killed_pool_comes_back_with_replicas(models: dict[str, Path]) -> None:
     asked = batches(models, 10)
-    with Service(run_config(models, simulated(models), in_flight_tokens=1000, deadline_s=60)) as service:
+    with Service(run_config(models, simulated(models))) as service:
         seen: Joined = []
-        for number, joined in enumerate(service.stream().join(asked)):
+        for number, joined in enumerate(service.stream(in_flight_tokens=1000).join(asked)):
             seen.append(joined)
             if number == 2:
                 ray.kill(service.pools["sim"], no_restart=False)
-        assert_same_bits(seen, asked, in_this_process(service.config, asked))
+        assert_same_bits(seen, asked, service.alone(asked))
 
 
-def test_requests_that_fail_are_sent_again(models: dict[str, Path]) -> None:
+def test_requests_that_fail_are_sent_again(costed: Service, models: dict[str, Path]) -> None:
     asked = batches(models, 20)
-    config = run_config(models, simulated(models, failure_rate=0.3, replicas=2), deadline_s=60)
-    with Service(config) as service:
+    with Service(run_config(models, simulated(models, failure_rate=0.3))) as service:
         stream = service.stream()
         seen = list(stream.join(asked))
-    config = run_config(models, simulated(models))
-    assert_same_bits(seen, asked, in_this_process(config, asked))
+    assert_same_bits(seen, asked, costed.alone(asked, "sim"))
     assert stream.stats()["sim"].retries > 0
 
 
-def test_no_more_is_read_ahead_than_credits_allow(models: dict[str, Path]) -> None:
+def test_no_more_is_read_ahead_than_credits_allow(costed: Service, models: dict[str, Path]) -> None:
     asked = batches(models, 12, segments=1)
     tokens = [sum(len(s.ids) for s in batch) for batch in asked]
     limit = 3 * max(tokens)
@@ -270,73 +264,66 @@ def test_no_more_is_read_ahead_than_credits_allow(models: dict[str, Path]) -> No
             read += 1
             yield batch
 
-    with Service(run_config(models, simulated(models), in_flight_tokens=limit)) as service:
-        for number, _ in enumerate(service.stream().join(counted())):
-            in_flight = sum(tokens[number + 1 : read])
-            assert in_flight <= limit + max(tokens)
-            assert in_flight > 0 or number == len(asked) - 1
-        assert read == len(asked)
+    for number, _ in enumerate(costed.stream("sim", in_flight_tokens=limit).join(counted())):
+        in_flight = sum(tokens[number + 1 : read])
+        assert in_flight <= limit + max(tokens)
+        assert in_flight > 0 or number == len(asked) - 1
+    assert read == len(asked)
 
 
-def test_an_abandoned_stream_leaves_its_teachers_to_the_next(models: dict[str, Path]) -> None:
+def test_an_abandoned_stream_leaves_its_teachers_to_the_next(
+    costed: Service, models: dict[str, Path]
+) -> None:
     asked = batches(models, 6)
-    with Service(run_config(models, simulated(models))) as service:
-        stream = service.stream()
-        first = next(stream.join(asked))
-        again = list(stream.join(asked))
-    assert_same_bits(again, asked, in_this_process(service.config, asked))
+    stream = costed.stream("sim")
+    first = next(stream.join(asked))
     assert first[0] is asked[0]
+    assert_same_bits(list(stream.join(asked)), asked, costed.alone(asked, "sim"))
 
 
 # ---------------------------------------------------------------------------------------- deadlines
 
 
-def test_a_teacher_that_hangs_is_lost_within_its_deadline(models: dict[str, Path]) -> None:
-    # The self-test takes it two seconds, a batch twelve.
-    slow = simulated(models, "slow", tokens_per_s=40, replicas=2)
-    with Service(run_config(models, slow, simulated(models), deadline_s=4)) as service:
-        started = time.monotonic()
-        with pytest.raises(TeacherLostError, match=r"teacher slow: no answer to batch 0 for 4\.\d s"):
-            list(service.stream().join(batches(models, 2)))
-        assert 4 <= time.monotonic() - started < 8
+def test_a_teacher_that_hangs_is_lost_within_its_deadline(costed: Service, models: dict[str, Path]) -> None:
+    started = time.monotonic()
+    with pytest.raises(TeacherLostError, match=r"teacher slow: no answer to batch 0 for 4\.\d s"):
+        list(costed.stream("sim", "slow", deadline_s=4).join(batches(models, 2)))
+    assert 4 <= time.monotonic() - started < 8
 
 
-def test_a_stopped_process_is_replaced_and_its_requests_answered(models: dict[str, Path]) -> None:
+def test_time_away_from_the_stream_does_not_count(costed: Service, models: dict[str, Path]) -> None:
+    for _ in costed.stream("slow", deadline_s=6, in_flight_tokens=1).join(batches(models, 3, 1, size=150)):
+        time.sleep(7)
+
+
+def test_a_stopped_process_is_replaced_and_its_requests_answered(
+    costed: Service, models: dict[str, Path]
+) -> None:
     asked = batches(models, 8)
-    with Service(run_config(models, simulated(models, replicas=2), deadline_s=12)) as service:
-        stream = service.stream()
-        frozen, _ = service.replicas("sim")
-        os.kill(frozen.pid, signal.SIGSTOP)
-        try:
-            seen = list(stream.join(asked))
-            assert stream.stats()["sim"].retries > 0
-            give_up = time.monotonic() + 60
-            while is_alive(frozen.pid):
-                assert time.monotonic() < give_up, "the frozen replica was not replaced"
-                time.sleep(0.2)
-            wait_ready(service.pools, 60)
-        finally:
-            if is_alive(frozen.pid):
-                os.kill(frozen.pid, signal.SIGKILL)
-    assert_same_bits(seen, asked, in_this_process(service.config, asked))
-
-
-def test_time_away_from_the_stream_does_not_count(models: dict[str, Path]) -> None:
-    config = run_config(models, simulated(models, tokens_per_s=5000), deadline_s=2, in_flight_tokens=1)
-    with Service(config) as service:
-        for _ in service.stream().join(batches(models, 3, segments=1)):
-            time.sleep(2.5)
+    stream = costed.stream("sim", deadline_s=40)
+    frozen, _ = costed.replicas("sim")
+    os.kill(frozen.pid, signal.SIGSTOP)
+    try:
+        seen = list(stream.join(asked))
+        assert stream.stats()["sim"].retries > 0
+        give_up = time.monotonic() + PATIENCE_S
+        while is_alive(frozen.pid):
+            assert time.monotonic() < give_up, "the frozen replica was not replaced"
+            time.sleep(0.2)
+        wait_ready(costed.pools, PATIENCE_S)
+    finally:
+        if is_alive(frozen.pid):
+            os.kill(frozen.pid, signal.SIGKILL)
+    assert_same_bits(seen, asked, costed.alone(asked, "sim"))
 
 
 # ---------------------------------------------------------------------------------------- refusals
 
 
-def test_an_answer_of_another_fingerprint_is_refused(
-    two_real_teachers: Service, models: dict[str, Path]
-) -> None:
-    stream = two_real_teachers.stream(fingerprint="0" * 64)
+def test_an_answer_of_another_fingerprint_is_refused(costed: Service, models: dict[str, Path]) -> None:
+    stream = costed.stream("sim", fingerprint="0" * 64)
     with pytest.raises(
-        FrameError, match=r"teacher \w+, batch 0, replica \d: frame fingerprint: '[0-9a-f]{64}'"
+        FrameError, match=r"teacher sim, batch 0, replica \d: frame fingerprint: '[0-9a-f]{64}'"
     ):
         list(stream.join(batches(models, 1)))
 
@@ -346,11 +333,10 @@ def test_a_replica_that_restarts_with_another_tokenizer_is_refused(
 ) -> None:
     folder = build("llama", tmp_path / "changing")
     teacher = {"name": "changing", "model": str(folder), "engine": {"type": "simulated"}}
-    asked = batches(models, 6)
-    with Service(run_config(models, teacher, in_flight_tokens=1, deadline_s=60)) as service:
+    with Service(run_config(models, teacher)) as service:
         (replica,) = service.replicas("changing")
         build("unigram", folder)
-        joined = service.stream().join(asked)
+        joined = service.stream(in_flight_tokens=1).join(batches(models, 6))
         next(joined)
         os.kill(replica.pid, signal.SIGKILL)
         with pytest.raises(AlignmentError, match=f"first replica announced {replica.fingerprint}"):
@@ -364,24 +350,22 @@ def test_more_candidates_than_tokens_are_refused_before_anything_is_scored(model
 
 
 def test_what_the_cluster_lacks_is_said_instead_of_waited_for(models: dict[str, Path]) -> None:
-    config = run_config(models, {**simulated(models), "resources": {"num_gpus": 3}})
-    pools = start_pools(config)
+    pools = start_pools(run_config(models, {**simulated(models), "resources": {"num_gpus": 3}}))
     said: list[dict[str, str]] = []
     try:
         with pytest.raises(
-            ClusterError, match=r"teacher sim: 0/1 replicas ready.*asks for .*GPU 3.*cluster has"
+            ClusterError, match=r"teacher sim: 0/1 replicas ready, each asks for CPU 1, GPU 3\. .* has CPU 8"
         ):
             wait_ready(pools, 3, on_progress=said.append)
     finally:
         stop_pools(pools)
-    assert said[0]["sim"].startswith("0/1 replicas ready")
 
 
 def test_stopping_leaves_no_process(models: dict[str, Path]) -> None:
-    with Service(run_config(models, simulated(models, replicas=2))) as service:
-        pids = [replica.pid for replica in service.replicas("sim")]
-        assert all(map(is_alive, pids))
+    with Service(run_config(models, simulated(models))) as service:
+        (replica,) = service.replicas("sim")
+        assert is_alive(replica.pid)
     give_up = time.monotonic() + 10
-    while any(map(is_alive, pids)):
+    while is_alive(replica.pid):
         assert time.monotonic() < give_up
         time.sleep(0.1)

@@ -2,7 +2,8 @@
 
 `python -m tests.vllm_host FOLDER` builds tiny models under FOLDER, writes what the engines answered to
 `<architecture>.npz` and everything else that was seen to `seen.json`, and then waits to be killed with an
-engine alive. vLLM changes its process (environment, logging, threads), so pytest's own stays clear of it.
+engine alive. With `bfloat16` after it, one engine answers in that dtype and that is all. vLLM changes its
+process (environment, logging, threads), so pytest's own stays clear of it.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _CONFIGS: dict[str, transformers.PretrainedConfig] = {
 
 
 def build(architecture: str, folder: Path) -> Path:
-    """Save a random model, with weights ten times wider than usual so that attention matters to the output."""
+    """Save a random model, with weights ten times wider than usual, so that attention matters."""
     config = _CONFIGS[architecture]
     config.initializer_range = 0.2
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None
@@ -55,7 +56,7 @@ def build(architecture: str, folder: Path) -> Path:
 
 
 def build_adapter(model: Path, folder: Path, merged: Path) -> Path:
-    """Save a LoRA adapter of the model's query projections in PEFT's format, and the model with it merged in."""
+    """Save a LoRA adapter of the query projections in PEFT's format, and the model with it merged in."""
     rank, alpha = 3, 6
     adapter = {}
     causal_lm = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -110,10 +111,28 @@ async def error_of(answer: Any) -> str:
     return "no error"
 
 
-async def main(folder: Path) -> None:
+async def answer_in_bfloat16(folder: Path) -> None:
     from fusellm_ray.teachers.vllm import VllmScorer
 
+    engine = VllmScorer(teacher("half", build("llama", folder / "llama"), dtype="bfloat16"))
+    save(folder / "llama.npz", await engine.score(prompts(), K))
+    await engine.stop()
+
+
+async def main(folder: Path) -> None:
+    from fusellm_ray.teachers.vllm import VllmScorer, engine_args, largest_chunk
+
     seen: dict[str, Any] = {}
+
+    for key, value in {"max_num_seq": 1, "dtype": "auto", "enable_prefix_caching": True, "seed": 7}.items():
+        try:
+            args = engine_args(
+                teacher("args", folder, args={key: value}), vocab_size=VOCAB, max_model_len=CONTEXT
+            )
+            seen[f"args.{key}"] = getattr(args, key)
+        except Exception as error:
+            seen[f"args.{key}"] = f"{type(error).__name__}: {error}"
+    seen["chunk_24_gib"] = largest_chunk(24 << 30, utilization=0.9, vocab_size=128_000)
 
     engine = VllmScorer(teacher("first", build("llama", folder / "llama")))
     seen["vocab_size"], seen["max_context"], seen["is_flat"] = (
@@ -171,4 +190,4 @@ async def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1])))
+    asyncio.run((answer_in_bfloat16 if "bfloat16" in sys.argv else main)(Path(sys.argv[1])))

@@ -1,8 +1,8 @@
 """The paper's sequence alignment: dynamic time warping over token strings, compiled.
 
-D[i, j] = cost(target i, teacher j) + min(D[i-1, j-1], D[i-1, j], D[i, j-1]), ties in that order, where the cost is
-the Levenshtein distance of the two strings without their ▁/Ġ markers. Time and memory (a byte a cell) grow with
-the product of the two lengths; each pair of distinct strings is compared once.
+D[i, j] = cost(target i, teacher j) + min(D[i-1, j-1], D[i-1, j], D[i, j-1]), ties in that order, where the
+cost is the Levenshtein distance of the two strings without their ▁/Ġ markers. Time and memory (a byte a cell)
+grow with the product of the two lengths; each pair of distinct strings is compared once.
 
 Source: FuseLLM, arXiv 2401.10491, section 3.
 """
@@ -35,24 +35,26 @@ def sole_matches(
     rows, row_of = np.unique(target, return_inverse=True)
     columns, column_of = np.unique(teacher, return_inverse=True)
     costs = pair_costs(strings, rows, columns)
-    moves = _moves(costs, row_of.astype(np.int32), column_of.astype(np.int32))
-    return _sole_matches(moves)
+    moves = np.empty((len(target), len(teacher)), np.uint8)
+    total = np.empty(len(teacher) + 1, np.int32)
+    match = np.full(len(target), -1, np.int32)
+    _fill_moves(moves, total, costs, row_of.astype(np.int32), column_of.astype(np.int32))
+    _fill_matches(match, moves)
+    return match
 
 
 @compiled
-def _moves(costs, rows, columns):
-    """The predecessor that each cell's least cost came from: uint8 [T, M]."""
-    num_rows, num_columns = len(rows), len(columns)
+def _fill_moves(moves, total, costs, rows, columns):
+    """The predecessor of each cell's least cost; `total` is a row of D behind an unreachable cell."""
     unreachable = np.int32(2**30)
-    moves = np.empty((num_rows, num_columns), np.uint8)
-    total = np.full(num_columns + 1, unreachable, np.int32)  # row i of D, after a column of unreachable cells
+    total[:] = unreachable
     total[0] = 0
-    for i in range(num_rows):
+    for i in range(len(rows)):
         cost = costs[rows[i]]
         diagonal = total[0]
         total[0] = unreachable
         left = unreachable
-        for j in range(num_columns):
+        for j in range(len(columns)):
             up = total[j + 1]
             least, move = diagonal, DIAGONAL
             if up < least:
@@ -63,22 +65,20 @@ def _moves(costs, rows, columns):
             moves[i, j] = move
             total[j + 1] = left
             diagonal = up
-    return moves
 
 
 @compiled
-def _sole_matches(moves):
+def _fill_matches(match, moves):
+    """Walk back from the last cell; a row that a move to the left stays in has several matches."""
     i, j = moves.shape[0] - 1, moves.shape[1] - 1
-    match = np.full(moves.shape[0], -1, np.int32)
     match[i] = j
     while i > 0 or j > 0:
         move = moves[i, j]
         if move == LEFT:
             match[i] = -1
-        if move != LEFT:
+        else:
             i -= 1
         if move != UP:
             j -= 1
         if move != LEFT:
             match[i] = j
-    return match

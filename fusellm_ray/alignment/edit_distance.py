@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fusellm_ray.alignment.compiled import compiled
+from fusellm_ray.alignment.compiled import compiled, inlined
 
 WORD = 64
 
@@ -42,40 +42,82 @@ def nearest(strings: Strings, num_queries: int) -> NDArray[np.int32]:
     Returns:
         Indices [num_queries], counted from the first string that is not a query.
     """
-    lengths = np.diff(strings.start)[num_queries:]
-    by_length = np.argsort(lengths, kind="stable").astype(np.int32)
-    groups = np.searchsorted(lengths[by_length], np.arange(lengths.max(initial=0) + 2)).astype(np.int32)
-    return _nearest(strings.letters, strings.start, strings.num_letters, num_queries, by_length, groups)
+    lengths = np.diff(strings.start)
+    by_length = np.argsort(lengths[num_queries:], kind="stable").astype(np.int32)
+    longest = int(lengths[num_queries:].max(initial=0))
+    groups = np.searchsorted(lengths[num_queries:][by_length], np.arange(longest + 2)).astype(np.int32)
+    found = np.empty(num_queries, np.int32)
+    scratch = _scratch(strings)
+    _fill_nearest(
+        found,
+        strings.letters,
+        strings.start,
+        by_length,
+        groups,
+        np.empty(len(by_length), np.uint64),
+        *scratch,
+    )
+    return found
 
 
-def pair_costs(strings: Strings, rows: NDArray[np.int32], columns: NDArray[np.int32]) -> NDArray[np.int32]:
+def pair_costs(
+    strings: Strings, rows: NDArray[np.integer], columns: NDArray[np.integer]
+) -> NDArray[np.int32]:
     """Distances [len(rows), len(columns)] between strings given by their indices."""
-    return _pair_costs(strings.letters, strings.start, strings.num_letters, rows, columns)
+    costs = np.empty((len(rows), len(columns)), np.int32)
+    _fill_pair_costs(costs, strings.letters, strings.start, rows, columns, *_scratch(strings))
+    return costs
+
+
+def _scratch(strings: Strings) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
+    """Masks, one a letter and all clear; and a row of the textbook recurrence."""
+    longest = int(np.diff(strings.start).max(initial=0))
+    return np.zeros(strings.num_letters, np.uint64), np.empty(longest + 1, np.int32)
 
 
 @compiled
+def levenshtein(a, b, row):
+    """Edit distance of two integer arrays of any length, by the textbook recurrence in `row`."""
+    for j in range(len(b) + 1):
+        row[j] = j
+    for i in range(len(a)):
+        diagonal = row[0]
+        row[0] = i + 1
+        for j in range(len(b)):
+            substitute = diagonal + (a[i] != b[j])
+            diagonal = row[j + 1]
+            row[j + 1] = min(substitute, row[j + 1] + 1, row[j] + 1)
+    return row[len(b)]
+
+
+@inlined
 def _set_pattern(pattern, masks):
-    """Note in masks[letter] where the pattern has that letter."""
-    bit = np.uint64(1)
-    for letter in pattern:
-        masks[letter] |= bit
-        bit = bit << np.uint64(1)
+    """Note in masks[letter] where the pattern has that letter, if it fits a word."""
+    if len(pattern) <= WORD:
+        bit = np.uint64(1)
+        for letter in pattern:
+            masks[letter] |= bit
+            bit = bit << np.uint64(1)
 
 
-@compiled
+@inlined
 def _clear_pattern(pattern, masks):
     for letter in pattern:
         masks[letter] = np.uint64(0)
 
 
-@compiled
-def _distance_to_pattern(masks, length, text):
-    """Distance of `text` to the pattern of 1 to 64 letters in `masks`."""
+@inlined
+def _distance(pattern, text, masks, row):
+    """Edit distance; `masks` holds the pattern."""
+    if len(pattern) == 0:
+        return len(text)
+    if len(pattern) > WORD:
+        return np.int64(levenshtein(pattern, text, row))
     one = np.uint64(1)
-    top = one << np.uint64(length - 1)
-    more = ~np.uint64(0)  # rows whose cell is one more than the cell above
-    less = np.uint64(0)
-    distance = length
+    top = one << np.uint64(len(pattern) - 1)
+    more = ~np.uint64(0)  # rows whose cell is one more than the cell above ...
+    less = np.uint64(0)  # ... or one less
+    distance = len(pattern)
     for letter in text:
         equal = masks[letter]
         vertical = equal | less
@@ -94,55 +136,26 @@ def _distance_to_pattern(masks, length, text):
 
 
 @compiled
-def levenshtein(a, b):
-    """Edit distance of two integer arrays of any length, by the textbook recurrence."""
-    row = np.arange(len(b) + 1)
-    for i in range(len(a)):
-        diagonal = row[0]
-        row[0] = i + 1
-        for j in range(len(b)):
-            substitute = diagonal + (a[i] != b[j])
-            diagonal = row[j + 1]
-            row[j + 1] = min(substitute, row[j + 1] + 1, row[j] + 1)
-    return row[-1]
-
-
-@compiled
-def _distance(masks, pattern, text):
-    """Distance of any two strings; `masks` holds the pattern where that fits a word."""
-    if len(pattern) == 0:
-        return len(text)
-    if len(pattern) > WORD:
-        return levenshtein(pattern, text)
-    return _distance_to_pattern(masks, len(pattern), text)
-
-
-@compiled
-def _pair_costs(letters, start, num_letters, rows, columns):
-    masks = np.zeros(num_letters, np.uint64)
-    costs = np.empty((len(rows), len(columns)), np.int32)
+def _fill_pair_costs(costs, letters, start, rows, columns, masks, row):
     for r in range(len(rows)):
         pattern = letters[start[rows[r]] : start[rows[r] + 1]]
-        if len(pattern) <= WORD:
-            _set_pattern(pattern, masks)
+        _set_pattern(pattern, masks)
         for c in range(len(columns)):
             text = letters[start[columns[c]] : start[columns[c] + 1]]
-            costs[r, c] = _distance(masks, pattern, text)
-        if len(pattern) <= WORD:
-            _clear_pattern(pattern, masks)
-    return costs
+            costs[r, c] = _distance(pattern, text, masks, row)
+        _clear_pattern(pattern, masks)
 
 
-@compiled
+@inlined
 def _letter_set(string):
-    """A 64-bit summary: which letters occur, modulo 64."""
+    """Which letters occur, modulo 64, as bits."""
     bits = np.uint64(0)
     for letter in string:
         bits |= np.uint64(1) << np.uint64(letter & 63)
     return bits
 
 
-@compiled
+@inlined
 def _count_bits(x):
     x = x - ((x >> np.uint64(1)) & np.uint64(0x5555555555555555))
     x = (x & np.uint64(0x3333333333333333)) + ((x >> np.uint64(2)) & np.uint64(0x3333333333333333))
@@ -151,38 +164,31 @@ def _count_bits(x):
 
 
 @compiled
-def _nearest(letters, start, num_letters, num_queries, by_length, groups):
+def _fill_nearest(found, letters, start, by_length, groups, sets, masks, row):
     """by_length: the strings from shortest to longest; groups[n]: where those of length n begin in it."""
-    longest = len(groups) - 2
-    sets = np.empty(len(by_length), np.uint64)
+    num_queries, longest = len(found), len(groups) - 2
     for i in range(len(by_length)):
         s = num_queries + by_length[i]
         sets[i] = _letter_set(letters[start[s] : start[s + 1]])
-    masks = np.zeros(num_letters, np.uint64)
-    found = np.empty(num_queries, np.int32)
     for q in range(num_queries):
         query = letters[start[q] : start[q + 1]]
         query_set = _letter_set(query)
-        if len(query) <= WORD:
-            _set_pattern(query, masks)
+        _set_pattern(query, masks)
         best, best_index = len(query) + longest + 1, -1
-        for apart in range(max(len(query), longest) + 1):
-            if apart > best:  # strings that much longer or shorter are that far away
+        for difference in range(max(len(query), longest) + 1):
+            if difference > best:  # strings that much longer or shorter are that far away
                 break
-            for side in range(2 if apart else 1):
-                length = len(query) + apart if side else len(query) - apart
+            for length in (len(query) - difference, len(query) + difference):
                 if length < 0 or length > longest:
                     continue
                 for i in range(groups[length], groups[length + 1]):
                     # Each letter that only one of the two has costs an edit.
-                    apart_at_least = max(_count_bits(query_set & ~sets[i]), _count_bits(sets[i] & ~query_set))
-                    if apart_at_least > best or (apart_at_least == best and by_length[i] > best_index):
+                    at_least = max(_count_bits(query_set & ~sets[i]), _count_bits(sets[i] & ~query_set))
+                    if at_least > best or (at_least == best and by_length[i] > best_index):
                         continue
                     s = num_queries + by_length[i]
-                    distance = _distance(masks, query, letters[start[s] : start[s + 1]])
+                    distance = _distance(query, letters[start[s] : start[s + 1]], masks, row)
                     if distance < best or (distance == best and by_length[i] < best_index):
                         best, best_index = distance, by_length[i]
         found[q] = best_index
-        if len(query) <= WORD:
-            _clear_pattern(query, masks)
-    return found
+        _clear_pattern(query, masks)

@@ -1,11 +1,10 @@
 """Byte boundaries: which teacher token's distribution stands where each target token ends.
 
-      text            h e l l o   w o r l d
-      target ends     ^   |       |         |      he|llo |world
-      teacher ends    ^         | |         |      hello| |world
-      teacher index   0   0       2         3      at "he" the teacher has read nothing: the boundary straddles
+    target     BOS  he  llo  _world        ends 0 2 5 11
+    teacher    BOS  hello  _wor  ld        ends 0 5 9 11
+    index      0    0   1    3             "he" ends inside a teacher token: all that was read by then is BOS
 
-In: ids and byte ends of both token sequences, BOS and EOS included. Out: one teacher index per target token.
+In: ids and byte ends of both token sequences, BOS and EOS included. Out: one teacher index a target token.
 """
 
 from __future__ import annotations
@@ -72,20 +71,21 @@ def teacher_indices(target: TokenSequence, teacher: TokenSequence) -> NDArray[np
     """For each target token the teacher token at the last boundary at or before its end.
 
     BOS pairs with BOS and EOS with EOS. A token of no width (a lone SentencePiece marker, the first part of a
-    character that normalisation split) belongs to the bytes after it: of several that end at one byte, the first
-    pairs with the first and so on, so that equal tokenizers pair one to one.
+    character that normalisation split) belongs to the bytes after it: of several that end at one byte, the
+    first pairs with the first and so on, so that equal tokenizers pair one to one.
 
     Returns:
         Teacher indices [T]; -1 where the teacher has not read anything yet, nor begun.
     """
-    return _teacher_indices(
-        target.ends, target.has_bos, target.has_eos, teacher.ends, teacher.has_bos, teacher.has_eos
+    index = np.full(len(target.ends), -1, np.int32)
+    _fill_indices(
+        index, target.ends, target.has_bos, target.has_eos, teacher.ends, teacher.has_bos, teacher.has_eos
     )
+    return index
 
 
 @compiled
-def _teacher_indices(target_ends, target_bos, target_eos, teacher_ends, teacher_bos, teacher_eos):
-    index = np.full(len(target_ends), -1, np.int32)
+def _fill_indices(index, target_ends, target_bos, target_eos, teacher_ends, teacher_bos, teacher_eos):
     first = 1 if teacher_bos else 0
     stop = len(teacher_ends) - (1 if teacher_eos else 0)
     before_text = 0 if teacher_bos else -1
@@ -105,4 +105,3 @@ def _teacher_indices(target_ends, target_bos, target_eos, teacher_ends, teacher_
         index[i] = candidate if is_at_end else otherwise
     if target_eos and teacher_eos:
         index[-1] = len(teacher_ends) - 1
-    return index

@@ -1,8 +1,8 @@
 """Which target token a teacher's bytes become: the projection of one vocabulary onto another.
 
 In: two vocabularies as bytes. Out: int32 tables that the kernels of `project.py` index.
-`whole[id]` is the target id of a teacher token, `suffix[start[id] + skip]` that of its bytes from `skip` on (a
-target boundary inside the token), `at_start[id]` that of its bytes where a text begins. The last two are
+`whole[id]` is the target id of a teacher token, `suffix[start[id] + skip]` that of its bytes from `skip` on
+(a target boundary inside the token), `at_start[id]` that of its bytes where a text begins. The last two are
 filled as texts ask for them: the kernel names what it misses, and `VocabularyMap.resolve` looks it up.
 """
 
@@ -78,7 +78,7 @@ def text_tokens(vocabulary: Vocabulary) -> list[bytes]:
 
 
 def string_of(token: bytes) -> str:
-    """A token's string without its ▁/Ġ marker, as the paper compares them; stray bytes stay apart from text."""
+    """A token's string without its ▁/Ġ marker, as the paper compares them; stray bytes are letters too."""
     return token.replace(b" ", b"").decode("utf-8", errors="surrogateescape")
 
 
@@ -116,7 +116,7 @@ class TargetIndex:
         return self.ids.get(self._marker + part if at_start else part, NOWHERE)
 
     def canonical(self, part: bytes, at_start: bool) -> int:
-        """First token of these bytes' encoding; for bytes that are no text, the longest token they begin with."""
+        """First token of the bytes' encoding; for bytes that are no text, the longest they begin with."""
         first = self._first_token(part, at_start)
         return self._longest_prefix(part, at_start) if first == NOWHERE else first
 
@@ -142,7 +142,7 @@ class TargetIndex:
         return NOWHERE
 
     def _text_token(self, token: int) -> int:
-        """The id, unless it is one (an unknown token, a special spelt out in the text) that stands for no bytes."""
+        """The id, unless it stands for no bytes (an unknown token, a special spelt out in the text)."""
         usable = token not in self._target.special_ids and self._target.token_bytes[token] is not None
         return int(token) if usable else NOWHERE
 
@@ -158,7 +158,7 @@ class VocabularyMap:
 
     Args:
         projection: `exact` (equal bytes, or nowhere), `mined` (else least edit distance over the whole
-            vocabulary, the lowest id on ties) or `prefix` (else the first token of the target's own encoding).
+            vocabulary, the lowest id on ties) or `prefix` (else the first token of the target's encoding).
     """
 
     def __init__(
@@ -178,12 +178,16 @@ class VocabularyMap:
             self.whole = np.arange(teacher.vocab_size, dtype=np.int32)
             self.whole[target.vocab_size :] = NOWHERE
             self.at_start = self.whole
+            self.is_exact = self.whole != NOWHERE
             return
         parts = text_tokens(teacher)
         self.whole = np.array(self._look_up(parts, at_start=False), np.int32)
         for role in ("bos_id", "eos_id"):
             if (i := getattr(teacher, role)) is not None and (j := getattr(target, role)) is not None:
                 self.whole[i] = j
+        landed = [b"" if i == NOWHERE else target.token_bytes[int(i)] for i in self.whole]
+        same = [not part or part == there for part, there in zip(parts, landed, strict=True)]
+        self.is_exact = np.array(same) & (self.whole != NOWHERE)
         self.at_start = self.whole
         if teacher.strips_leading_space or target.strips_leading_space:
             self.at_start = np.where([bool(part) for part in parts], UNRESOLVED, self.whole).astype(np.int32)

@@ -1,7 +1,7 @@
 """Documents → rows of target tokens.
 
-A row is filled with segments: whole documents, and pieces of those that do not fit. A document is cut on a token
-boundary that is also a character boundary, and goes on in the next row as a segment of its own:
+A row is filled with segments: whole documents, and pieces of those that do not fit. A document is cut on a
+token boundary that is also a character boundary, and goes on in the next row as a segment of its own:
 
     row 0  [BOS a a a a EOS][BOS b b b EOS][BOS c c c c c c c]
     row 1  [BOS c c c EOS][BOS d d d d d EOS] padding
@@ -26,8 +26,9 @@ from fusellm_ray.errors import CorpusError, TokenizerError
 IGNORE_INDEX = -100
 
 _BLOCK_CHARS = 1 << 18
-"""Characters tokenised at once: a larger document is read in blocks, so that memory and a resume stay cheap."""
+"""Characters tokenised at once: larger documents go in blocks, so that memory and a resume stay cheap."""
 _HEAD_TOKENS = 64
+"""A piece's first word ends at this many tokens, if at no white space before."""
 _SMALLEST_PIECE = 1 / 64
 """Share of a row: no piece shorter than this is cut from a document to fill a row up."""
 
@@ -158,8 +159,8 @@ class ShardReader:
 class _Rest:
     """What is left of a document: from byte `offset` of block number `block` on.
 
-    What it gives is a function of the document and the place, not of how one got there; so a place is all that
-    a cursor must hold.
+    What it gives is a function of the document and the place, not of how one got there; so a place is all
+    that a cursor must hold.
     """
 
     def __init__(self, document: Document, tokenizer: ByteTokenizer, block: int = 0, offset: int = 0) -> None:
@@ -184,10 +185,13 @@ class _Rest:
             raise TokenizerError(f"document {self.document.name}{place}: {error}") from error
 
     def _seek(self, offset: int) -> None:
-        """Go to a place inside the block. A piece is a text of its own, so its first word is encoded anew, as the
-        start of a text (SentencePiece then prepends its space); after that, the block's tokens serve."""
+        """Go to a place inside the block.
+
+        A piece is a text of its own, so its first word is encoded anew, as the start of a text (SentencePiece
+        then prepends its space); after that, the block's tokens serve.
+        """
         self.offset = offset
-        self._head, self._next = Encoding(_NONE, _NONE), 0
+        self._head, self._next = _NOTHING, 0
         if offset:
             ends = self._encoding.ends
             first = last = int(np.searchsorted(ends, offset, side="right"))
@@ -250,4 +254,4 @@ class _Rest:
         return self._data[at : at + 1].isspace() and not self._data[at - 1 : at].isspace()
 
 
-_NONE = np.zeros(0, np.int32)
+_NOTHING = Encoding(np.zeros(0, np.int32), np.zeros(0, np.int32))

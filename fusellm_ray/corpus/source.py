@@ -5,8 +5,8 @@
     streaming dataset or files ───────────────────── in order ────┴ shard i of n → documents
 
 The order is a function of the sources, the seed and the number of shards alone. Document i of a source,
-counted without empty documents and in the epoch's order, belongs to shard i % n. A source with fewer documents
-than shards is cut into as many shards as it has documents, and shard i reads shard i % that number.
+counted without empty documents and in the epoch's order, belongs to shard i % n. A source with fewer
+documents than shards is cut into as many shards as it has documents, and shard i reads shard i % that number.
 """
 
 from __future__ import annotations
@@ -358,6 +358,8 @@ def _load_dataset(config: SourceConfig) -> Any:
                         )
                     loaded = loaded[config.split]
                 return loaded.to_iterable_dataset() if config.streaming else loaded
+            if origin.startswith(("/", ".", "~")) and not folder.is_dir():
+                raise CorpusError(f"dataset {origin}: no such folder; looked for {folder.absolute()}")
             if folder.is_dir():
                 raise CorpusError(
                     f"folder {origin} was not written by Dataset.save_to_disk; give files with path instead"

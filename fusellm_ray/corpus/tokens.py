@@ -17,6 +17,7 @@ import json
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -118,9 +119,13 @@ class ByteTokenizer:
         Raises:
             TokenizerError: there is no tokenizer, it is not fast, or it cannot say what its tokens spell.
         """
+        if model.startswith(("/", ".", "~")) and not Path(model).expanduser().is_dir():
+            raise TokenizerError(f"{model}: no such folder; expected one with tokenizer.json, or a hub id")
         try:
             hf = transformers.AutoTokenizer.from_pretrained(
-                model, revision=revision, trust_remote_code=trust_remote_code
+                str(Path(model).expanduser()) if model.startswith("~") else model,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
             )
         except Exception as error:  # whatever a broken folder makes transformers raise
             raise TokenizerError(
@@ -142,8 +147,9 @@ class ByteTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
         """Encode several texts, in parallel where the process has more than one core."""
+        data = [self._utf8(text) for text in texts]
         encoded = self._rust.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [self._with_ends(text, e.ids) for text, e in zip(texts, encoded, strict=True)]
+        return [self._with_ends(*each) for each in zip(texts, data, (e.ids for e in encoded), strict=True)]
 
     def sequence(self, text: str, ends_document: bool) -> Encoding:
         """What a model reads of `text`: BOS (end 0) if the tokenizer prepends it, the tokens, and EOS (zero
@@ -161,10 +167,9 @@ class ByteTokenizer:
             ends.append(encoding.ends[-1:] if len(encoding.ends) else np.zeros(1, np.int32))
         return Encoding(np.concatenate(ids), np.concatenate(ends))
 
-    def _with_ends(self, text: str, id_list: list[int]) -> Encoding:
+    def _with_ends(self, text: str, data: bytes, id_list: list[int]) -> Encoding:
         if not text:
             return Encoding(np.zeros(0, np.int32), np.zeros(0, np.int32))
-        data = self._utf8(text)
         ids = np.array(id_list, np.int32)
         spelled = b"".join(map(self._spelling.__getitem__, id_list))
         is_prefixed = self.strips_leading_space and len(spelled) == len(data) + 1
@@ -222,8 +227,8 @@ class ByteTokenizer:
         following = np.append(spans[:, 0], len(text))
         for i in np.flatnonzero(following > reached).tolist():
             gap = text[reached[i] : following[i]]
-            if i > 0 and len(unicodedata.normalize("NFC", text[reached[i] - 1] + gap)) == 1:
-                spans[i - 1, 1] = following[i]  # composed with the character before: é from e and an accent
+            if i > 0 and _is_composed(text[reached[i] - 1], gap):
+                spans[i - 1, 1] = following[i]
             elif not len(ids) or any(_is_text(char) for char in gap):
                 raise self._uncovered(gap, int(byte_of[reached[i]]))
         starts, stops = byte_of[spans[:, 0]], byte_of[spans[:, 1]]
@@ -275,6 +280,12 @@ def _byte_offsets(text: str) -> npt.NDArray[np.int64]:
     codepoints = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     widths = 1 + (codepoints >= 0x80) + (codepoints >= 0x800) + (codepoints >= 0x10000)
     return np.concatenate([[0], np.cumsum(widths)])
+
+
+def _is_composed(before: str, gap: str) -> bool:
+    """Does a normaliser make one character of these: é of e and an accent, a syllable of Hangul letters?"""
+    is_mark = all(unicodedata.category(char).startswith("M") for char in gap)
+    return is_mark or len(unicodedata.normalize("NFKC", before + gap)) == 1
 
 
 def _is_text(char: str) -> bool:

@@ -5,7 +5,7 @@
 A document longer than the model reads is scored in windows. Each window after the first begins with the last
 token of the one before, as context only, so every token is predicted once. With a tokenizer that adds a BOS a
 document's first token is predicted too; without, there is nothing to predict it from, and its bytes are not
-counted either. The prediction of EOS is not counted: it covers no bytes, and not every model learned to make it.
+counted either. The prediction of EOS is not counted: it covers no bytes, and not every model learned it.
 
 Used by a process of its own, and by trainer ranks on the sharded target (each takes its share of batches).
 """

@@ -1,1 +1,1 @@
-"""The embedded default: text found on this machine, small models built from it, a study that runs on two cores."""
+"""The embedded default: small models built from text on this machine, and a study of them."""

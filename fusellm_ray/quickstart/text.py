@@ -4,8 +4,8 @@
     prose   English sentences: the language reference (pydoc_data) and the documentation of installed packages
     cpp     the C++ headers that ship with torch
 
-`find_domain` returns a domain's `Split`; the zoo writes its parts as JSONL for the ordinary corpus code. The order of
-files is drawn from a hash of their names, so that the same installation gives the same split on every machine.
+`find_domain` returns a domain's `Split`; the zoo writes its parts as JSONL for the ordinary corpus code. The
+order of files is drawn from a hash of their names, so that the same installation gives the same split.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ PROSE_PACKAGES = ("numpy", "pandas", "networkx", "sympy", "pydantic", "huggingfa
 """Dependencies of this project whose docstrings are written in sentences."""
 
 _PYTHON_SKIPPED = frozenset(
-    "test tests idle_test site-packages dist-packages encodings pydoc_data lib2to3 distutils turtledemo "
-    "ensurepip idlelib tkinter __pycache__".split()
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "lib2to3"}
+    | {"distutils", "turtledemo", "ensurepip", "idlelib", "tkinter", "__pycache__"}
 )
 _CPP_FOLDERS = (
     "c10",
@@ -50,6 +50,8 @@ _LEAST_BYTES = 1_000
 _MOST_FILE_BYTES = 150_000
 _HELDOUT_FILE_BYTES = range(2_000, 9_000)
 """Short files only, so that the held-out text samples many."""
+_EXCERPT_BYTES = 800
+"""Of training text, so that a batch has many files and a row often two domains."""
 _LONGEST_LINE = 1_000
 """Beyond it a line is data, not something a person wrote."""
 
@@ -78,7 +80,7 @@ class Split:
     expert: list[Text]
     """What the domain's expert is trained on."""
     train: list[Text]
-    """What the target is trained on: none of it was seen by an expert."""
+    """What the target is trained on, in excerpts of a few rows: none of it was seen by an expert."""
     heldout: list[Text]
     """What everything is measured on."""
 
@@ -111,7 +113,7 @@ def find_domain(domain: str, sizes: Sizes, seed: int = 0) -> Split:
             part, goes_to = expert, "expert"
         else:
             break
-        part.append(Text(name, text))
+        part += _excerpts(name, text) if goes_to == "train" else [Text(name, text)]
         room[goes_to] -= num_bytes
     found = sum(len(t.text.encode()) for part in (expert, train, heldout) for t in part)
     needed = sizes.train + sizes.heldout + sizes.expert // 4
@@ -237,6 +239,20 @@ def _sentences(documentation: Iterable[str]) -> str:
                 continue
             kept[text] = None
     return "\n\n".join(kept)
+
+
+def _excerpts(name: str, text: str) -> Iterator[Text]:
+    """A text cut at ends of lines, each part of `_EXCERPT_BYTES` or a little more."""
+    lines: list[str] = []
+    start = num_bytes = 0
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        lines.append(line)
+        num_bytes += len(line.encode())
+        if num_bytes >= _EXCERPT_BYTES:
+            yield Text(f"{name}:{start + 1}-{number}", "".join(lines))
+            lines, start, num_bytes = [], number, 0
+    if lines:
+        yield Text(f"{name}:{start + 1}-{number}", "".join(lines))
 
 
 class _Novelty:

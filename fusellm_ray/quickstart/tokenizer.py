@@ -1,7 +1,7 @@
 """Tokenizers of four kinds, trained on the text of a domain.
 
     byte_level      byte-level BPE with GPT-2's pattern ("Ġthe")
-    sentencepiece   BPE with ▁ for a space, a space added before the text, and <0x0A> for unknown bytes (Llama-2)
+    sentencepiece   BPE with ▁ for a space, a space added before the text, <0x0A> for other bytes (Llama-2)
     unigram         Unigram pieces with ▁ and byte fallback; indentation is one token
     digits          byte-level BPE with another pattern: every digit alone, runs of spaces kept whole
 

@@ -1,13 +1,13 @@
-"""Training state in a folder: safetensors that any number of ranks writes and any other reads, and one JSON file.
+"""Training state in a folder: safetensors that any number of ranks writes and reads, and one JSON file.
 
     shard-00001-model-….safetensors   rank 0's shards of `model.<parameter>`, `optimizer.<entry>.<parameter>`
     shard-00002-model-….safetensors   rank 1's
     state.json                        what else the run needs to go on, and every other file's name and size
 
 Each rank may write into a folder of its own: file names of different ranks differ, and the union is the
-checkpoint. state.json is written when all the rest is, and names it: a folder without it, or without a file it
-names, is refused. Only trained parameters are saved; frozen ones come from the model that the config names.
-Nothing is pickled.
+checkpoint. state.json is written when all the rest is, and names it: a folder without it, or without a file
+it names, is refused. Only trained parameters are saved; frozen ones come from the model that the config
+names. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from transformers import GenerationConfig, PreTrainedModel
 
 from fusellm_ray.config import TargetConfig
 from fusellm_ray.errors import CheckpointError
@@ -35,6 +36,8 @@ from fusellm_ray.target.model import add_adapters, trainable_parameters
 STATE_FILE = "state.json"
 FORMAT = 1
 """Of the folder; another number is refused."""
+FILE_BYTES = 1 << 30
+"""Size of a file, about. A file is serialised in memory before it is written."""
 
 # ---------------------------------------------------------------------------------------- write
 
@@ -58,7 +61,9 @@ def write_checkpoint(
         with _quiet():
             dcp.save(
                 tensors,
-                storage_writer=HuggingFaceStorageWriter(str(directory), save_distributed=True),
+                storage_writer=HuggingFaceStorageWriter(
+                    str(directory), fqn_to_index_mapping=_file_numbers(tensors), save_distributed=True
+                ),
                 no_dist=not dist.is_initialized(),
             )
         files = {path.name: path.stat().st_size for path in directory.glob("*.safetensors")}
@@ -172,7 +177,7 @@ def _shown(flat: Mapping[str, Any], key: str) -> str:
 
 
 def export_model(directory: str | Path, target: TargetConfig, out: str | Path) -> Path:
-    """Write a checkpoint's model as a folder that transformers and vLLM load: adapters merged, with the tokenizer.
+    """Write a checkpoint's model as a folder that transformers and vLLM load, adapters merged, tokenizer too.
 
     Runs in one process, without a process group. The folder appears complete or not at all. Weights are saved
     in the precision the run computed in (`target.dtype`).
@@ -193,6 +198,7 @@ def export_model(directory: str | Path, target: TargetConfig, out: str | Path) -
     _read_tensors(directory, tensors)
     merged = adapted.merge_and_unload() if adapted else causal_lm
     merged.to(getattr(torch, target.dtype))
+    _repair_generation_config(merged)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -205,6 +211,15 @@ def export_model(directory: str | Path, target: TargetConfig, out: str | Path) -
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def _repair_generation_config(causal_lm: PreTrainedModel) -> None:
+    # Some models ship one that transformers loads and refuses to save (Llama-2: temperature, no sampling).
+    try:
+        if causal_lm.generation_config is not None:
+            causal_lm.generation_config.validate(strict=True)
+    except ValueError:
+        causal_lm.generation_config = GenerationConfig.from_model_config(causal_lm.config)
 
 
 # ---------------------------------------------------------------------------------------- tensors
@@ -220,6 +235,16 @@ def _optimizer_tensors(causal_lm: nn.Module, optimizer: torch.optim.Optimizer) -
         for name, parameter in trainable_parameters(causal_lm).items()
         for entry, tensor in optimizer.state.get(parameter, {}).items()
     }
+
+
+def _file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Which file of a rank each tensor goes to; from 1."""
+    num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+    numbers, total = {}, 0
+    for name, tensor in tensors.items():
+        numbers[name] = 1 + total // FILE_BYTES
+        total += tensor.numel() * tensor.element_size() // num_ranks
+    return numbers
 
 
 def _saved_shapes(directory: str | Path) -> dict[str, torch.Size]:

@@ -3,11 +3,12 @@
     rank 0: safetensors → CPU        other ranks: modules without memory
         └─ block by block: to the device, broadcast, fully_shard → each rank keeps its shard
 
-A host holds one whole copy of the model, a device never more than its shards and one block. Master weights, the
-reduction of gradients and the optimiser's state are float32; `target.dtype` is the precision of compute.
+Rank 0's host holds one whole copy of the model, a device never more than its shards and one block. Master
+weights, the reduction of gradients and the optimiser's state are float32; `target.dtype` is the precision of
+compute. Blocks also are the units of recomputation and compilation.
 
-Gradients are *summed* over ranks: the loss of a micro-batch is its sum over positions, divided already by the number
-of valid tokens of all ranks and micro-batches.
+Gradients are *summed* over ranks: the loss of a micro-batch is its sum over positions, divided already by the
+number of valid tokens of all ranks and micro-batches.
 """
 
 from __future__ import annotations
@@ -110,8 +111,8 @@ def _shard(model: HeadedModel, config: TargetConfig, mesh: DeviceMesh) -> None:
 
 
 def _reshard_after_inference(model: nn.Module, _inputs: Any, _output: Any) -> None:
-    # FSDP leaves the root whole for the backward pass that follows. Without one, the whole copy would stay: the
-    # optimiser would not reach the root's parameters, and the next forward would use them as they were.
+    # FSDP leaves the root whole for the backward pass that follows. Without one, the whole copy would stay:
+    # the optimiser would not reach the root's parameters, and the next forward would use them as they were.
     if not torch.is_grad_enabled() and isinstance(model, FSDPModule):
         model.reshard()
 
@@ -123,7 +124,8 @@ def transformer_blocks(causal_lm: PreTrainedModel) -> list[nn.Module]:
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return list(module)
     raise ModelError(
-        f"{type(causal_lm).__name__}: no list of {num_layers} layers found in it; choose another architecture as target"
+        f"{type(causal_lm).__name__}: no list of {num_layers} layers found in it; "
+        "choose another architecture as target"
     )
 
 
@@ -134,7 +136,8 @@ def _materialise(modules: Iterable[nn.Module], mesh: DeviceMesh, moved: dict[Ten
         moved: old tensor → new one; a tensor that several modules share (tied embeddings) stays shared.
     """
     for module in modules:
-        for own in (module._parameters, module._buffers):
+        tensors: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for own in tensors:
             for name, old in own.items():
                 if old is None:
                     continue
@@ -144,9 +147,7 @@ def _materialise(modules: Iterable[nn.Module], mesh: DeviceMesh, moved: dict[Ten
 
 
 def _from_rank_0(old: Tensor, mesh: DeviceMesh) -> Tensor:
-    device = torch.device(
-        mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None
-    )
+    device = mesh.device_type  # of CUDA devices the current one, which Ray Train has set
     new = torch.empty_like(old, device=device) if old.is_meta else old.detach().to(device).contiguous()
     if mesh.size() > 1:
         dist.broadcast(new, group=mesh.get_group(), group_src=0)
@@ -174,8 +175,8 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Adam
 def learning_rate(step: int, config: TrainingConfig) -> float:
     """Learning rate of the step with this index: 0 is the first, config.steps - 1 the last.
 
-    Linear warm-up over warmup_ratio of all steps, which reaches lr at its last step; then the schedule, which would
-    reach min_lr_ratio · lr at index config.steps.
+    Linear warm-up over warmup_ratio of all steps, which reaches lr at its last step; then the schedule, which
+    would reach min_lr_ratio · lr at index config.steps.
     """
     warmup = math.ceil(config.warmup_ratio * config.steps)
     if step < warmup:
@@ -201,7 +202,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
     """Scale the gradients of all parameters, over all ranks, to a joint 2-norm of at most `max_norm`.
 
     Returns:
-        The norm before, the same on every rank. If it is not finite the gradients are left as they are: do not step.
+        The norm before, the same on every rank. If it is not finite the gradients are left as they are.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     total = torch.nn.utils.get_total_norm(gradients)

@@ -1,0 +1,175 @@
+"""`fusellm-ray quickstart`: the whole system on one machine, and the table that says whether fusing helped.
+
+    build_zoo → Ray → the fused arm → the CLM arm, same rows and steps → export → bits per byte of every model
+
+Both arms are ordinary runs of configs/quickstart.yaml: the second one is the first with fusion.rule=none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
+
+import fusellm_ray
+from fusellm_ray.config import Config, ModelConfig, parse_config
+from fusellm_ray.errors import ConfigError
+from fusellm_ray.evaluate.perplexity import DomainScore, evaluate_model, held_out_documents
+from fusellm_ray.evaluate.table import as_json, mean_bits_per_byte, print_scores
+from fusellm_ray.job import export_run, local_or_running_cluster, run_job
+from fusellm_ray.observe.progress import make_display
+from fusellm_ray.quickstart.zoo import DEFAULT_CACHE, Zoo, build_zoo
+from fusellm_ray.target.storage import Checkpoints
+
+ARMS = {"fused": "fused", "clm": "CLM only"}
+"""Suffix of a run's name → its name in the table."""
+
+INTERRUPTED = 130
+
+
+def run_quickstart(
+    *, seed: int = 0, steps: int | None = None, cache: Path | None = None, json_path: Path | None = None
+) -> int:
+    """Build what is missing, train both arms, print the table.
+
+    Args:
+        seed: order of the training documents.
+        steps: optimiser steps of each arm; default: the config's.
+        cache: folder of models and runs.
+        json_path: where the table goes as JSON, with the seconds each stage took.
+
+    Returns:
+        The process's exit code; 130 after a requested stop, from which the same command goes on.
+    """
+    console = Console(stderr=True)
+    cache = (cache or DEFAULT_CACHE).expanduser()
+    seconds: dict[str, float] = {}
+    clock = _Clock(seconds)
+    zoo = _build(cache, console)
+    clock.lap("zoo")
+    config = quickstart_config(cache, seed=seed, steps=steps)
+    runs = {arm: _arm(config, arm) for arm in ARMS}
+    _forget_finished(runs)
+    console.print(f"training: {config.training.steps} steps an arm, seed {seed}")
+    with local_or_running_cluster(config):
+        clock.lap("ray")
+        for arm, run in runs.items():
+            outcome = run_job(run, display=make_display(ARMS[arm]))
+            clock.lap(arm)
+            if not outcome.is_finished:
+                console.print(
+                    f"stopped at step {outcome.step} of {ARMS[arm]}; the same command goes on from there"
+                )
+                return INTERRUPTED
+    scores = _evaluate(config, runs, zoo, console)
+    clock.lap("evaluation")
+    print_scores(scores, "bits per byte on held-out text (lower is better)")
+    gain = mean_bits_per_byte(scores["CLM only"]) - mean_bits_per_byte(scores["fused"])
+    verdict = "better" if gain > 0 else "WORSE"
+    Console().print(
+        f"fused is {abs(gain):.4f} bits per byte {verdict} than CLM only, on the mean over domains"
+    )
+    if json_path is not None:
+        report = {"seed": seed, "scores": as_json(scores), "gain": gain, "seconds": seconds}
+        json_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def quickstart_config(cache: Path, *, seed: int = 0, steps: int | None = None) -> Config:
+    """configs/quickstart.yaml with the paths of this cache."""
+    text = _shipped("quickstart.yaml").read_text(encoding="utf-8")
+    tree: dict[str, Any] = yaml.safe_load(text.replace(str(DEFAULT_CACHE), str(cache)))
+    tree["run"]["seed"] = seed
+    if steps is not None:
+        tree["training"]["steps"] = steps
+    return parse_config(tree, where="quickstart.yaml")
+
+
+def _shipped(name: str) -> Path:
+    """A config of this package: inside it when installed, beside it in a checkout."""
+    package = Path(fusellm_ray.__file__).parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / name).is_file():
+            return folder / name
+    raise ConfigError(f"configs/{name} is not where this package was installed ({package}); install it again")
+
+
+def _arm(config: Config, arm: str) -> Config:
+    tree = config.model_dump(mode="json")
+    tree["run"]["name"] = f"{config.run.name}-{arm}-seed{config.run.seed}"
+    if arm == "clm":
+        tree["fusion"]["rule"] = "none"
+    return parse_config(tree)
+
+
+def _forget_finished(runs: dict[str, Config]) -> None:
+    """A finished study begins anew; an interrupted one goes on."""
+    stores = {arm: Checkpoints(run.run.storage, run.run.name) for arm, run in runs.items()}
+    states = {arm: store.latest_state() for arm, store in stores.items()}
+    if all(state is not None and state["step"] >= runs[arm].training.steps for arm, state in states.items()):
+        for store in stores.values():
+            shutil.rmtree(store.folder)
+
+
+def _build(cache: Path, console: Console) -> Zoo:
+    with Progress(
+        TextColumn("{task.description:>8}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[message]}"),
+        console=console,
+    ) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def on_progress(stage: str, share: float, message: str) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=1.0, message="")
+            progress.update(tasks[stage], completed=share, message=message)
+
+        zoo = build_zoo(cache, on_progress=on_progress)
+    # A fixed name for the configuration file, so that `fusellm-ray train configs/quickstart.yaml` works, too.
+    fresh = cache / f".latest-{os.getpid()}"
+    fresh.symlink_to(zoo.folder.name)
+    fresh.replace(cache / "latest")
+    return zoo
+
+
+def _evaluate(
+    config: Config, runs: dict[str, Config], zoo: Zoo, console: Console
+) -> dict[str, dict[str, DomainScore]]:
+    documents = held_out_documents(config.evaluation.sources, config.evaluation.max_bytes)
+    torch.set_num_threads(os.cpu_count() or 1)
+    fixed = {"target before": zoo.target} | {f"teacher {name}": path for name, path in zoo.experts.items()}
+    exports = {}
+    for arm, run in runs.items():
+        folder = Path(run.run.storage) / f"{run.run.name}-model"
+        shutil.rmtree(folder, ignore_errors=True)
+        exports[ARMS[arm]] = export_run(run, folder)
+    order = ["target before", "CLM only", "fused", *(name for name in fixed if name.startswith("teacher"))]
+    scores = {}
+    with Progress(console=console, transient=True) as progress:
+        for name in progress.track(order, description="evaluate"):
+            model = ModelConfig(model=str(exports.get(name) or fixed[name]))
+            scores[name] = evaluate_model(model, documents, row_tokens=config.corpus.row_tokens, batch_rows=8)
+    return scores
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds = seconds
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self._seconds[stage] = round(now - self._last, 1)
+        self._last = now

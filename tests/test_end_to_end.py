@@ -1,0 +1,175 @@
+"""Whole runs on real Ray: train, resume, stop by signal, export; what is compared are weights and losses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fusellm_ray.config import Config, parse_config
+from fusellm_ray.errors import CheckpointError, ClusterError, ConfigError
+from fusellm_ray.job import export_run, run_job
+from fusellm_ray.target.storage import Checkpoints
+from fusellm_ray.teachers.pool import start_pools, stop_pools
+from tests.runs import build_run
+
+CONSTANT = {"schedule": "constant", "warmup_ratio": 0.0}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory, tokenizer_folders: dict[str, Path]) -> dict[str, Any]:
+    return build_run(tmp_path_factory.mktemp("run"), tokenizer_folders, training=CONSTANT)
+
+
+@pytest.fixture(scope="module")
+def pools(tree: dict[str, Any], ray_session: None) -> Iterator[dict[str, Any]]:
+    """The teachers, up once for all runs of this module that share a Ray session."""
+    pools = start_pools(parse_config(tree))
+    yield pools
+    stop_pools(pools)
+
+
+def named(tree: dict[str, Any], name: str, **sections: dict[str, Any]) -> Config:
+    changed = tree | {"run": tree["run"] | {"name": name}}
+    for section, values in sections.items():
+        changed[section] = changed.get(section, {}) | values
+    return parse_config(changed)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tree: dict[str, Any], pools: dict[str, Any]) -> Config:
+    config = named(tree, "undisturbed")
+    outcome = run_job(config, pools=pools)
+    assert outcome.is_finished
+    assert outcome.step == 6
+    return config
+
+
+def losses(config: Config) -> dict[int, float]:
+    lines = (Path(config.run.storage) / config.run.name / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return {record["step"]: record["loss"] for record in records if record["event"] == "step"}
+
+
+def weights(config: Config, folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(export_run(config, folder)).state_dict()
+
+
+def assert_same_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+def test_every_step_is_recorded_with_each_teachers_figures(undisturbed: Config):
+    lines = (Path(undisturbed.run.storage) / "undisturbed" / "metrics.jsonl").read_text().splitlines()
+    steps = [r for r in map(json.loads, lines) if r["event"] == "step"]
+    assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]
+    for record in steps:
+        shares = [record[f"teacher/{name}/win_share"] for name in ("left", "right")]
+        assert sum(shares) == pytest.approx(1, abs=1e-6)
+        for name in ("left", "right"):
+            assert record[f"teacher/{name}/coverage"] > 0.8
+            assert record[f"teacher/{name}/fidelity"] == pytest.approx(1, abs=0.05)
+        assert record["loss"] > 0
+    assert steps[-1]["loss/clm"] < steps[0]["loss/clm"]
+
+
+def test_export_is_what_auto_classes_load_and_training_has_changed_it(undisturbed: Config, tmp_path: Path):
+    folder = export_run(undisturbed, tmp_path / "export")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("def f(x):", return_tensors="pt").input_ids
+    assert model(ids).logits.isfinite().all()
+    before = AutoModelForCausalLM.from_pretrained(undisturbed.target.model).state_dict()
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(CheckpointError, match="not an empty folder"):
+        export_run(undisturbed, tmp_path / "export")
+
+
+def test_a_resume_on_one_rank_goes_on_with_the_same_batches(
+    tree: dict[str, Any], pools: dict[str, Any], undisturbed: Config
+):
+    first = named(tree, "resumed", training={"steps": 3})
+    assert run_job(first, pools=pools).step == 3
+    second = named(tree, "resumed", trainer={"workers": 1})
+    outcome = run_job(second, pools=pools)
+    assert outcome.is_finished
+    assert [r["step"] for r in outcome.records if r["event"] == "step"] == [4, 5, 6]
+    assert losses(second) == pytest.approx(losses(undisturbed), rel=1e-6)
+
+
+def test_a_finished_run_is_left_alone(undisturbed: Config):
+    assert run_job(undisturbed).records == ()
+
+
+def test_a_resume_refuses_another_corpus_and_says_what_changed(
+    tree: dict[str, Any], pools: dict[str, Any], undisturbed: Config
+):
+    sources = tree["corpus"]["sources"][:1]
+    changed = named(tree, "undisturbed", training={"steps": 8}, corpus={"sources": sources})
+    with pytest.raises(CheckpointError, match="corpus: was"):
+        run_job(changed, pools=pools)
+
+
+def test_more_than_this_machine_has_is_refused_at_once(tree: dict[str, Any], ray_session: None):
+    greedy = named(tree, "greedy", trainer={"resources_per_worker": {"CPU": 1000}})
+    with pytest.raises(ClusterError, match=r"CPU: asked 2000.*there 8"):
+        run_job(greedy)
+
+
+def test_rows_longer_than_the_target_reads_are_refused(tree: dict[str, Any]):
+    with pytest.raises(ConfigError, match=r"row_tokens=129 exceeds .*128"):
+        run_job(named(tree, "long", corpus={"row_tokens": 129}))
+
+
+def test_top_k_over_the_vocabulary_is_refused(tree: dict[str, Any]):
+    teachers = [tree["teachers"][0] | {"top_k": 5000}]
+    with pytest.raises(ConfigError, match=r"teachers\[0\].top_k=5000 exceeds the vocabulary of left \(1200\)"):
+        run_job(parse_config(tree | {"teachers": teachers}))
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_where_it_was_and_leaves_no_process(
+    tree: dict[str, Any], undisturbed: Config, tmp_path: Path
+):
+    config = named(tree, "stopped")
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    command = [sys.executable, "-c", "from fusellm_ray.cli import main; main()", "train", str(path)]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+
+    stopped = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    assert stopped.stderr is not None
+    seen = []
+    for line in stopped.stderr:
+        seen.append(line)
+        if "step 1/6" in line:
+            children = psutil.Process(stopped.pid).children(recursive=True)
+            stopped.send_signal(signal.SIGTERM)
+            break
+    rest = stopped.stderr.read()
+    assert stopped.wait(timeout=120) == 130, "".join(seen) + rest
+    assert children
+    deadline = time.monotonic() + 20
+    while any(child.is_running() for child in children) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert [child for child in children if child.is_running() and child.status() != "zombie"] == []
+    (at,) = Checkpoints(config.run.storage, "stopped").steps()[-1:]
+    assert 1 <= at < 6
+
+    resumed = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses(config) == losses(undisturbed)
+    assert_same_weights(weights(config, tmp_path / "stopped"), weights(undisturbed, tmp_path / "undisturbed"))
