@@ -2,12 +2,12 @@
 
     python -m benchmarks.objective            # the last line is one JSON object
 
-Three ways through the same head and positions: `fused` (two teachers fused, then the objective), `clm` (the same
-fused head, no teachers) and `dense` (all logits, then cross_entropy). Times are medians of interleaved repeats in
-one process: on a GPU by events; on a CPU wall clock, but for one thread the process's CPU time, which is what the
-wall clock shows on an idle machine and does not count its other work. Memory is measured once a way: on a CPU in
-a process of its own, as the growth of its peak resident set during the step (the kernel's high-water mark, reset
-before), less the head's gradient; on a GPU by the allocator's peak.
+Three ways through the same head and positions: `fused` (two teachers fused, then the objective), `clm` (the
+same fused head, no teachers) and `dense` (all logits, then cross_entropy). Times are medians of interleaved
+repeats in one process: on a GPU by events; on a CPU wall clock, but for one thread the process's CPU time,
+which is what the wall clock shows on an idle machine and leaves other processes out. Memory is measured once
+a way: on a CPU in a process of its own, as the growth of its peak resident set during the step (the
+kernel's high-water mark, reset before), less the head's gradient; on a GPU by the allocator's peak.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from fusellm_ray.fusion.loss import objective
 
 WAYS = ("fused", "clm", "dense")
 SEGMENT_TOKENS = 256
+SETTINGS = ("dtype", "threads", "repeats", "vocab_size", "hidden_size", "positions", "top_k", "chunk_tokens")
 
 
 def main() -> None:
@@ -44,27 +45,15 @@ def main() -> None:
     clock = "cuda events" if args.device == "cuda" else "cpu" if args.threads == 1 else "wall"
     seconds = {way: statistics.median(times) for way, times in clocks[clock].items()}
     for way in WAYS:
-        low, high, mib = min(clocks[clock][way]), max(clocks[clock][way]), memory[way] / 2**20
-        print(
-            f"{way:6} {seconds[way]:8.3f} s ({low:.3f} to {high:.3f}) {mib:9.1f} MiB above weights and gradients"
-        )
-    settings = (
-        "dtype",
-        "threads",
-        "repeats",
-        "vocab_size",
-        "hidden_size",
-        "positions",
-        "top_k",
-        "chunk_tokens",
-    )
+        low, high = min(clocks[clock][way]), max(clocks[clock][way])
+        print(f"{way:6} {seconds[way]:8.3f} s ({low:.3f} to {high:.3f}), {memory[way] / 2**20:.1f} MiB")
     report = {
         "time_over_fused_clm": round(seconds["fused"] / seconds["clm"], 4),
         "time_over_dense_clm": round(seconds["fused"] / seconds["dense"], 4),
         "peak_memory_over_dense_clm": round(memory["fused"] / memory["dense"], 4),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "clock": clock,
-        **{key: getattr(args, key) for key in (*settings, "rule", "divergence", "tail")},
+        **{key: getattr(args, key) for key in (*SETTINGS, "rule", "divergence", "tail")},
         "seconds": {
             name: {way: round(statistics.median(times), 4) for way, times in ways.items()}
             for name, ways in clocks.items()
@@ -150,10 +139,11 @@ class Step:
 
 
 def random_teacher(gold: Tensor, vocab_size: int, top_k: int, rng: torch.Generator) -> Candidates:
-    """Distinct candidates, never gold, of masses as peaked as a model's; one position in twenty without any."""
+    """Distinct candidates, never gold, with peaked masses; one position in twenty has none."""
     N = len(gold)
     stride = vocab_size // (top_k + 1)
-    ids = gold[:, None] + 1 + torch.randint(stride - 1, (N, 1), generator=rng) + torch.arange(top_k) * stride
+    shift = torch.randint(stride - 1, (N, 1), generator=rng)
+    ids = gold[:, None] + 1 + shift + torch.arange(top_k) * stride
     masses = torch.rand(N, top_k + 2, generator=rng).pow(4).add(1e-6)
     logs = (masses / masses.sum(1, keepdim=True)).log()
     logprobs = logs[:, :top_k].sort(dim=1, descending=True).values

@@ -6,9 +6,9 @@ One teacher, in this process, reads the same prompts in three ways:
     scored   a replica's whole work: requests of text in, frames of aligned distributions out
     stock    (vLLM only) logprobs as vLLM gives them by default, one dictionary a position, with token strings
 
-Repeats of the ways are interleaved, figures are medians of teacher tokens per wall second. `--model` is a folder
-with a tokenizer, `tiny` (random weights, float32) or `7b-shaped` (Llama-2-7B's shape, dummy weights that vLLM
-makes up: a GPU with 24 GB or more). Nothing is downloaded. The last line is one JSON object.
+Repeats of the ways are interleaved, figures are medians of teacher tokens per wall second. `--model` is a
+folder with a tokenizer, `tiny` (random weights, float32) or `7b-shaped` (Llama-2-7B's shape, dummy weights
+that vLLM makes up: a GPU with 24 GB or more). Nothing is downloaded. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--target", help="folder with the target's tokenizer; default: one trained here")
     parser.add_argument("--dtype", help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--top-k", type=int, default=16)
-    parser.add_argument("--segments", type=int, default=64)
+    parser.add_argument("--segments", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=256, help="target tokens of a segment")
     parser.add_argument("--request-segments", type=int, default=8, help="segments of one request")
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)

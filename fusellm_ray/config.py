@@ -87,6 +87,8 @@ class VllmEngine(Frozen):
     type: Literal["vllm"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs that share the model; set resources.num_gpus to the same number. Across nodes, set num_gpus to 0 and
+    args.distributed_executor_backend to ray: vLLM then asks Ray for the GPUs itself."""
     max_num_batched_tokens: int = Field(default=8192, ge=1)
     """Prompt tokens in one engine step. The logits of a step are held at once, outside vLLM's memory profile."""
     max_num_seqs: int = Field(default=64, ge=1)

@@ -208,7 +208,7 @@ def _fit(
     display: Display,
     stop: _Stop,
 ) -> Outcome:
-    control = RunControl.remote()
+    control: Any = ray.remote(RunControl).options(num_cpus=0).remote()
     task = TrainTask(config=config, teachers=addresses, control=control, identity=identity)
     # Workers keep the job's working directory, so that relative paths mean the same everywhere.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
@@ -227,7 +227,7 @@ def _fit(
             storage_path=checkpoints.storage,
             failure_config=FailureConfig(max_failures=config.trainer.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.checkpoint.keep),
-            callbacks=[_RaiseLastingErrors()],
+            callbacks=[_RaiseLastingErrors()],  # type: ignore[list-item]  # Ray's annotation is of V1
         ),
     )
     failure: list[BaseException] = []

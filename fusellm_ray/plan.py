@@ -11,10 +11,8 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-try:
-    from fusellm_ray.alignment.project import describe_alignment
-except ImportError:
-    pass
+from fusellm_ray.alignment.project import Aligner
+from fusellm_ray.alignment.statistics import Sequences, kind_shares, position_kinds
 from fusellm_ray.config import Config, ModelConfig, SimulatedEngine, TeacherConfig
 from fusellm_ray.corpus.rows import ShardReader
 from fusellm_ray.corpus.source import Corpus
@@ -44,8 +42,8 @@ class TeacherPlan:
     coverage: float
     """Share of target positions on the sample that get a distribution."""
     tokens_per_target_token: float
-    exact_share: float
-    """Share of the sample's positions whose boundary coincides."""
+    shared_boundaries: float
+    """Share of the sample's positions whose boundary is one of the teacher's, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +160,12 @@ def make_plan(config: Config, *, with_cluster: bool = True) -> Plan:
     for i, teacher in enumerate(config.active_teachers):
         facts, teacher_tokenizer = _teacher_tokenizer(i, teacher)
         encodings = [teacher_tokenizer.sequence(s.text.decode(), s.ends_document) for s in segments]
-        sample = describe_alignment(
-            [s.text for s in segments],
-            [(s.ids, s.ends) for s in segments],
-            [(e.ids, e.ends) for e in encodings],
-            config.alignment,
+        aligner = Aligner(teacher_tokenizer, tokenizer, config.alignment, teacher.top_k)
+        shares = kind_shares(
+            [
+                position_kinds(aligner, Sequences(s.text, s.ids, s.ends, e.ids, e.ends))
+                for s, e in zip(segments, encodings, strict=True)
+            ]
         )
         context = teacher.max_context or (facts.max_context if facts else None)
         longest = max(len(e.ids) for e in encodings)
@@ -187,10 +186,10 @@ def make_plan(config: Config, *, with_cluster: bool = True) -> Plan:
                 num_gpus=teacher.resources.num_gpus * teacher.replicas.min,
                 memory_bytes=facts.num_parameters * _DTYPE_BYTES[dtype] if facts else 0,
                 wire_bytes_per_token=teacher.top_k * (id_bytes + 2) + 4 + 1 / 8,
-                coverage=sample.coverage,
+                coverage=1.0 - shares["none"] - shares["one_hot"],
                 tokens_per_target_token=sum(len(e.ids) for e in encodings)
                 / sum(len(s.ids) for s in segments),
-                exact_share=sample.coinciding,
+                shared_boundaries=shares["exact"] + shares["prefix"],
             )
         )
     if config.target.trust_remote_code:
@@ -250,7 +249,7 @@ def print_plan(plan: Plan) -> None:
             table.add_row(
                 teacher.name,
                 f"{teacher.coverage:.3f}",
-                f"{teacher.exact_share:.3f}",
+                f"{teacher.shared_boundaries:.3f}",
                 f"{teacher.tokens_per_target_token:.2f}",
                 f"{teacher.wire_bytes_per_token:.0f}",
             )
@@ -284,8 +283,8 @@ def _compare_with_cluster(config: Config) -> list[str]:
     cores = os.cpu_count() or 1
     if needs.get("CPU", 0.0) > cores:
         raise ClusterError(
-            f"CPU: asked {needs['CPU']:g}, this machine has {cores}; lower trainer.resources_per_worker or the teachers' "
-            "resources.num_cpus (fractions share a core), or set RAY_ADDRESS to a larger cluster"
+            f"CPU: asked {needs['CPU']:g}, this machine has {cores}; lower trainer.resources_per_worker or the "
+            "teachers' resources.num_cpus (fractions share a core), or set RAY_ADDRESS to a larger cluster"
         )
     import torch
 

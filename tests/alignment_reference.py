@@ -145,9 +145,10 @@ def candidates(case: Case, p: int, project: Mapping[bytes, int | None]) -> dict[
             continue
         if s.teacher_ends[q + 1] <= end and token == realised:
             mass -= gold_probability(case, start, end)
+            mass = mass if mass > 1e-9 else 0.0
         rest = spelling[len(read) :]
         ours = case.target.eos_id if token == case.teacher.eos_id else project[rest] if rest else None
-        if ours is not None and ours != gold and mass > 1e-9:
+        if ours is not None and ours != gold and mass > 0:
             mapped[ours] = mapped.get(ours, 0.0) + mass
     return mapped
 

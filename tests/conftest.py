@@ -33,3 +33,13 @@ def ray_session() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def arrow_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A datasets cache of the test's own."""
+    import datasets
+
+    folder = tmp_path / "arrow_cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    return folder

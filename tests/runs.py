@@ -10,9 +10,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from tests.models import tiny_model
-
 from fusellm_ray.corpus.tokens import ByteTokenizer
+from tests.models import tiny_model
 
 # Not qwen2: transformers gives every folder of that type Qwen's own tokenizer class, whatever the folder says.
 TEACHERS = {"left": ("gpt2", "bytelevel"), "right": ("gpt_neox", "unigram")}

@@ -295,6 +295,14 @@ def test_cat_pads_candidates_and_keeps_order():
     torch.testing.assert_close(dense(whole), torch.cat([dense(part) for part in parts]))
 
 
+def test_moving_fused_distributions_keeps_the_weights():
+    fused = fuse_batch([make_teacher(0), make_teacher(1)], FusionConfig(rule="mean"))
+    moved = fused.to("cpu", non_blocking=True)
+    assert isinstance(moved, Fused)
+    assert_same(moved, fused)
+    assert torch.equal(moved.weights, fused.weights)
+
+
 def test_errors_say_what_is_missing():
     batch = make_batch()
     del batch["gold"]

@@ -10,7 +10,7 @@ from fusellm_ray.config import ModelConfig, SourceConfig, TargetConfig
 from fusellm_ray.corpus.source import Document
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.errors import CorpusError
-from fusellm_ray.evaluate.perplexity import (
+from fusellm_ray.perplexity import (
     DomainScore,
     bits_per_byte,
     evaluate_model,

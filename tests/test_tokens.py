@@ -92,8 +92,7 @@ def test_ends_cover_every_byte_in_order(tokenizer: ByteTokenizer, text: str) -> 
 def test_ends_cover_every_byte_of_any_text(tokenizer: ByteTokenizer, text: str) -> None:
     try:
         encoding = tokenizer.encode(text)
-    except TokenizerError as error:  # nothing but characters that the tokenizer drops
-        assert "no token covers" in str(error)
+    except TokenizerError:  # nothing but characters that the tokenizer drops
         assert not tokenizer.hf(text, add_special_tokens=False)["input_ids"]
     else:
         check_tiling(encoding, text)

@@ -163,7 +163,7 @@ def _read_jsonl(path: str, field: str) -> Iterator[tuple[int, str]]:
             if not text.strip():
                 continue
             try:
-                record = json.loads(text)
+                record = json.loads(text.rstrip())
             except json.JSONDecodeError as error:
                 raise CorpusError(
                     f"{where}: not JSON ({error.msg} at column {error.colno}); one object a line is expected"

@@ -136,9 +136,9 @@ class ArrowSource:
     def __init__(self, config: SourceConfig, dataset: datasets.Dataset, field: str, files: list[str]) -> None:
         """`files` names the records' files; empty for a dataset of the hub's."""
         self.name, self.weight = config.name, config.weight
+        check_column(dataset.features.arrow_schema, field, f"source {config.name!r}")
         self._dataset = dataset.select_columns([field, "file", "number"] if files else [field])
         self._origin, self._field, self._files = str(config.dataset), field, files
-        check_column(dataset.features.arrow_schema, field, f"source {config.name!r}")
         lengths = self._text_lengths()
         self.num_documents = int(np.count_nonzero(lengths))
         self.num_empty = len(lengths) - self.num_documents
@@ -314,7 +314,9 @@ def _open_source(config: SourceConfig) -> ArrowSource | StreamSource:
             return StreamSource(config)
         if config.path is not None:
             files, file_format = find_files(config.path, config.format)
-            arguments = {"files": files, "file_format": file_format, "field": config.field}
+            arguments: dict[str, Any] = {"files": files, "file_format": file_format, "field": config.field}
+            if next(read_records(**arguments), None) is None:
+                raise CorpusError(f"path {config.path!r}: no document with any text")
             dataset = _converted(arguments)
             return ArrowSource(config, dataset, "text", [file.path for file in files])
         return ArrowSource(config, _load_dataset(config), config.field, [])

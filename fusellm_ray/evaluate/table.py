@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fusellm_ray.config import ModelConfig, SourceConfig
 from fusellm_ray.errors import ConfigError
-from fusellm_ray.evaluate.perplexity import DomainScore, evaluate_model, held_out_documents
+from fusellm_ray.perplexity import DomainScore, evaluate_model, held_out_documents
 
 DEFAULT_CONTEXT = 2048
 

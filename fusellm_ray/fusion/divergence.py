@@ -170,21 +170,22 @@ def _compare(
 ) -> tuple[Tensor, Tensor]:
     """The divergence of each row and its derivative by log_q, entries of log_q taken as independent."""
     p, q = log_p.exp(), log_q.exp()
-    # Outcomes without mass are -inf: their terms are 0, not nan.
+    # Outcomes without mass are -inf: their terms are 0, not nan. A nan that came in stays one.
     if divergence == "forward_kl":
-        return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(1), -p
+        return torch.where(p != 0, p * (log_p - log_q), 0.0).sum(1), -p
     if divergence == "reverse_kl":
-        terms = torch.where(q > 0, q * (log_q - log_p), 0.0)
+        terms = torch.where(q != 0, q * (log_q - log_p), 0.0)
         return terms.sum(1), terms + q
     log_mean = torch.logaddexp(log_p, log_q) - math.log(2.0)
-    from_q = torch.where(q > 0, q * (log_q - log_mean), 0.0) / 2
-    from_p = torch.where(p > 0, p * (log_p - log_mean), 0.0) / 2
+    from_q = torch.where(q != 0, q * (log_q - log_mean), 0.0) / 2
+    from_p = torch.where(p != 0, p * (log_p - log_mean), 0.0) / 2
     return (from_p + from_q).sum(1), from_q
 
 
 def _finite_logsumexp(values: Tensor) -> Tensor:
     """[C, m] to [C, 1]; 0 for a row of -inf, which then stays one."""
-    return values.logsumexp(1, keepdim=True).nan_to_num(neginf=0.0)
+    total = values.logsumexp(1, keepdim=True)
+    return total.masked_fill(total == -torch.inf, 0.0)
 
 
 def is_overtaken(clm: Tensor, chunk: Batch) -> Tensor:

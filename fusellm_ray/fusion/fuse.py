@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -84,12 +85,9 @@ class Candidates:
             valid=torch.cat([part.valid for part in parts]),
         )
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Candidates:
-        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in _FIELDS}
-        return Candidates(**moved)
-
-
-_FIELDS = tuple(field.name for field in fields(Candidates))
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        tensors = (getattr(self, field.name) for field in fields(self))
+        return type(self)(*(tensor.to(device, non_blocking=non_blocking) for tensor in tensors))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +144,7 @@ def fuse(
         logits = (-scores).exp() if config.paper_weights else -scores / config.temperature
         # Finite, so that teachers without any known cross-entropy share equally where they are alone.
         logits = logits.clamp(min=-1e30).masked_fill(~valid, -torch.inf)
-        mixing = logits.softmax(0).nan_to_num(0.0)
+        mixing = logits.softmax(0).masked_fill(~valid, 0.0)
     else:
         static = (
             torch.ones(len(teachers)) if config.rule == "mean" else torch.tensor(weights, dtype=torch.float32)

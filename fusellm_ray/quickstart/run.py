@@ -22,10 +22,10 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 import fusellm_ray
 from fusellm_ray.config import Config, ModelConfig, parse_config
 from fusellm_ray.errors import ConfigError
-from fusellm_ray.evaluate.perplexity import DomainScore, evaluate_model, held_out_documents
 from fusellm_ray.evaluate.table import as_json, mean_bits_per_byte, print_scores
 from fusellm_ray.job import export_run, local_or_running_cluster, run_job
 from fusellm_ray.observe.progress import make_display
+from fusellm_ray.perplexity import DomainScore, evaluate_model, held_out_documents
 from fusellm_ray.quickstart.zoo import DEFAULT_CACHE, Zoo, build_zoo
 from fusellm_ray.target.storage import Checkpoints
 

