@@ -31,7 +31,7 @@ from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.job import LOCAL_RAY_ENVIRONMENT
 from fusellm_ray.stream.client import TeacherAddress, TeacherStream
 from fusellm_ray.target.batches import RankBatches
-from fusellm_ray.teachers.pool import start_pools, stop_pools, wait_ready
+from fusellm_ray.teachers.service import start_pools, stop_pools, wait_ready
 
 TOKENIZERS = Path(__file__).parents[2] / "shared" / "assets" / "tokenizers"
 TARGET, TEACHERS = "smollm2", ("qwen3", "llama2")

@@ -245,7 +245,7 @@ class ObjectiveConfig(Frozen):
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     tail: Literal["bucket", "renormalise", "drop"] = "bucket"
     """What becomes of the mass outside the top-k: one extra outcome, renormalised away, or ignored."""
-    chunk_tokens: int = Field(default=1024, ge=1)
+    chunk_tokens: int = Field(default=512, ge=1)
     """Positions whose logits exist at once."""
 
 

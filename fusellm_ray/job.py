@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import ray.train
 import ray.train.torch
@@ -35,7 +36,7 @@ from fusellm_ray.target.checkpoint import explain_changes, export_model
 from fusellm_ray.target.control import RunControl
 from fusellm_ray.target.storage import Checkpoints
 from fusellm_ray.target.worker import TrainTask, train_loop
-from fusellm_ray.teachers.pool import start_pools, stop_pools, wait_ready
+from fusellm_ray.teachers.service import start_pools, stop_pools, wait_ready
 
 POLL_S = 0.3
 """How often the driver looks for new records."""
@@ -142,7 +143,28 @@ def local_or_running_cluster(config: Config) -> Iterator[None]:
     try:
         yield
     finally:
+        processes = [] if address else _ray_processes()
         ray.shutdown()
+        _end(processes)
+
+
+def _ray_processes() -> list[psutil.Process]:
+    """The processes of the private cluster that this one started."""
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.name() in ("raylet", "gcs_server"):
+                found += [child, *child.children(recursive=True)]
+    return found
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    """Make sure of the end: a Ray worker was seen to hang in its exit after it had left its raylet."""
+    _, left = psutil.wait_procs(processes, timeout=5)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=5)
 
 
 class _Stop:

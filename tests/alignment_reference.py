@@ -57,7 +57,9 @@ class Case:
 
     def probabilities(self, q: int) -> dict[int, float]:
         """Row q as a mapping, in float64: what the top k and the realised token say."""
-        row = dict(zip(self.top_ids[q].tolist(), np.exp(self.top_logprobs[q].astype(np.float64)), strict=True))
+        row = dict(
+            zip(self.top_ids[q].tolist(), np.exp(self.top_logprobs[q].astype(np.float64)), strict=True)
+        )
         return row | {int(self.sequences.teacher_ids[q + 1]): math.exp(self.gold[q])}
 
     @property
@@ -137,7 +139,7 @@ def candidates(case: Case, p: int, project: Mapping[bytes, int | None]) -> dict[
         for t, mass in case.probabilities(q).items()
     }
     row = {key: mass for key, mass in row.items() if key[1].startswith(read)}
-    given = sum(row.values())
+    given = sum(row.values()) if read else 1.0
     mapped: dict[int, float] = {}
     for (token, spelling), mass in row.items():
         mass /= given

@@ -181,12 +181,12 @@ def test_candidates_follow_the_rule_by_the_letter(
     project = Project()
     case = case_of(text, t, s, k=k)
     aligned = case.align(aligners["bytelevel", teacher])
-    straddled = 0
-    for p in np.flatnonzero(aligned.valid)[:12]:
-        start = int(case.sequences.target_ends[p])
-        straddled += case.sequences.teacher_ends[case.row_at(start)] < start
-        assert distribution(aligned, p) == pytest.approx(candidates(case, int(p), project), rel=1e-4, abs=1e-8)
-    assert straddled
+    inside = aligned.valid & ~np.isin(case.sequences.target_ends[:-1], case.sequences.teacher_ends)
+    assert inside.any()
+    for p in [*np.flatnonzero(aligned.valid & ~inside)[:8], *np.flatnonzero(inside)[:8]]:
+        assert distribution(aligned, p) == pytest.approx(
+            candidates(case, int(p), project), rel=1e-4, abs=1e-8
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -246,6 +246,7 @@ def test_nothing_is_known_across_a_row_that_is_missing(tokenizers: dict) -> None
     case = case_of(TEXTS[0], tokenizers["bytelevel"], tokenizers["bytelevel"], k=8)
     whole = case.align()
     case.gold[5] = np.nan
+    case.top_logprobs[5] = 0.0  # whatever stands in such a row
     broken = case.align()
     assert (~broken.valid).nonzero()[0].tolist() == [5]
     others = np.arange(len(whole.gold)) != 5

@@ -73,7 +73,7 @@ def test_killed_child_is_noticed_with_its_signal() -> None:
         assert child.pid is not None
         os.kill(child.pid, signal.SIGKILL)
         reason = await asyncio.wait_for(watching.death, timeout=20)
-        await watching.stop()
+        await watching.stop(shut_down=lambda: None)
         return reason
 
     assert "SIGKILL" in asyncio.run(watch())
@@ -86,7 +86,7 @@ def test_stop_ends_a_child_that_does_not_end_by_itself(monkeypatch) -> None:
         reader, child = start(wait_for_ever)
         watching = Watch(reader, [child])
         death = watching.death
-        await watching.stop()
+        await watching.stop(shut_down=lambda: None)
         return child.exitcode, death.result()
 
     assert asyncio.run(stop()) == (-signal.SIGKILL, "it was stopped")

@@ -160,7 +160,7 @@ def test_tokenizers_prepend_bos_and_have_eos(tokenizers: dict[str, ByteTokenizer
 
 
 def test_the_four_kinds_cut_the_same_text_differently(tokenizers: dict[str, ByteTokenizer]) -> None:
-    line = "    return  12  words"
+    line = "    return  1813  words\n\n  of text"
     assert len({tuple(t.encode(line).ends.tolist()) for t in tokenizers.values()}) == len(KINDS)
 
 

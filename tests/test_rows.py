@@ -181,7 +181,7 @@ def test_a_large_document_is_read_piece_by_piece(tmp_path: Path, tokenizer_folde
     reader = ShardReader(corpus_of(tmp_path, [text, "end"]), tokenizer, 0, 1, 4096)
     rows: list[Row] = []
     cursors = []
-    while not rows or rows[-1].segments[-1].document.endswith(":1"):
+    while reader.epochs["s"] < 1:
         cursors.append(reader.cursor())
         rows.append(reader.next_row())
     assert documents_in(rows)[0][1].decode() == text
@@ -197,9 +197,9 @@ def test_a_character_longer_than_a_row_is_refused(tmp_path: Path) -> None:
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = ByteTokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=fast), "nfkc")
     reader = ShardReader(corpus_of(tmp_path, ["a \ufdfa b"]), tokenizer, 0, 1, 8)
+    assert reader.next_row().segments[0].text == b"a "
     with pytest.raises(CorpusError, match=r"corpus.jsonl:1: one character takes more tokens than a row of 8"):
-        for _ in range(3):
-            reader.next_row()
+        reader.next_row()
 
 
 def test_a_text_the_tokenizer_cannot_cover_is_named(tmp_path: Path) -> None:

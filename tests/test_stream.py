@@ -19,10 +19,12 @@ from fusellm_ray.config import Config, StreamConfig
 from fusellm_ray.corpus.rows import Segment
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.errors import AlignmentError, ClusterError, ConfigError, FrameError, TeacherLostError
-from fusellm_ray.stream.client import TeacherAddress, TeacherStream
+from fusellm_ray.stream.address import TeacherAddress
+from fusellm_ray.stream.client import TeacherStream
 from fusellm_ray.stream.frame import decode_frame, encode_request
-from fusellm_ray.teachers.pool import start_pools, stop_pools, wait_ready
-from fusellm_ray.teachers.replica import Description, TeacherReplica
+from fusellm_ray.teachers.report import Description
+from fusellm_ray.teachers.scoring import TeacherScorer
+from fusellm_ray.teachers.service import start_pools, stop_pools, wait_ready
 from tests.models import tiny_model
 from tests.tokenizers import VOCAB_SIZE, build, training_text
 
@@ -107,19 +109,18 @@ class Service:
         """What teachers answer to each batch in this process, without Ray: the reference."""
 
         async def answers(name: str) -> list[list[Aligned]]:
-            replica = TeacherReplica(self.teachers[name], self.config.target, self.config.alignment)
-            description = await replica.describe()
+            scorer = TeacherScorer(self.teachers[name], self.config.target, self.config.alignment)
             parts = [
                 decode_frame(
-                    await replica.score(encode_request(batch)),
+                    await scorer.answer(encode_request(batch)),
                     teacher=name,
-                    fingerprint=description.fingerprint,
+                    fingerprint=scorer.fingerprint,
                     vocab_size=VOCAB_SIZE,
                     num_positions=[s.num_positions for s in batch],
                 )
                 for batch in asked
             ]
-            await replica.stop()
+            await scorer.stop()
             return parts
 
         by_teacher = [asyncio.run(answers(name)) for name in names or self.teachers]
@@ -284,16 +285,16 @@ def test_an_abandoned_stream_leaves_its_teachers_to_the_next(
 # ---------------------------------------------------------------------------------------- deadlines
 
 
+def test_time_away_from_the_stream_does_not_count(costed: Service, models: dict[str, Path]) -> None:
+    for _ in costed.stream("slow", deadline_s=6, in_flight_tokens=1).join(batches(models, 3, 1, size=150)):
+        time.sleep(7)
+
+
 def test_a_teacher_that_hangs_is_lost_within_its_deadline(costed: Service, models: dict[str, Path]) -> None:
     started = time.monotonic()
     with pytest.raises(TeacherLostError, match=r"teacher slow: no answer to batch 0 for 4\.\d s"):
         list(costed.stream("sim", "slow", deadline_s=4).join(batches(models, 2)))
     assert 4 <= time.monotonic() - started < 8
-
-
-def test_time_away_from_the_stream_does_not_count(costed: Service, models: dict[str, Path]) -> None:
-    for _ in costed.stream("slow", deadline_s=6, in_flight_tokens=1).join(batches(models, 3, 1, size=150)):
-        time.sleep(7)
 
 
 def test_a_stopped_process_is_replaced_and_its_requests_answered(
@@ -350,15 +351,17 @@ def test_more_candidates_than_tokens_are_refused_before_anything_is_scored(model
 
 
 def test_what_the_cluster_lacks_is_said_instead_of_waited_for(models: dict[str, Path]) -> None:
-    pools = start_pools(run_config(models, {**simulated(models), "resources": {"num_gpus": 3}}))
+    pools = start_pools(
+        run_config(models, {**simulated(models), "resources": {"num_cpus": 0.5, "num_gpus": 3}})
+    )
     said: list[dict[str, str]] = []
     try:
-        with pytest.raises(
-            ClusterError, match=r"teacher sim: 0/1 replicas ready, each asks for CPU 1, GPU 3\. .* has CPU 8"
-        ):
-            wait_ready(pools, 3, on_progress=said.append)
+        ray.get(pools["sim"].status.remote())
+        with pytest.raises(ClusterError, match=r"each asks for CPU 0\.5, GPU 3\. The cluster has CPU 8"):
+            wait_ready(pools, 1, on_progress=said.append)
     finally:
         stop_pools(pools)
+    assert {"sim": "0/1 replicas ready, each asks for CPU 0.5, GPU 3"} in said
 
 
 def test_stopping_leaves_no_process(models: dict[str, Path]) -> None:

@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -120,9 +121,15 @@ async def answer_in_bfloat16(folder: Path) -> None:
 
 
 async def main(folder: Path) -> None:
-    from fusellm_ray.teachers.vllm import VllmScorer, engine_args, largest_chunk
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.logprobs import LogprobsProcessor
 
-    seen: dict[str, Any] = {}
+    from fusellm_ray.teachers.vllm import VllmScorer, _install_keep_arrays, engine_args, largest_chunk
+
+    seen: dict[str, Any] = {"is_cpu": current_platform.is_cpu()}
+
+    with mock.patch.object(LogprobsProcessor, "_update_prompt_logprobs", lambda self, ids, logprobs: None):
+        seen["why_flat"] = _install_keep_arrays()
 
     for key, value in {"max_num_seq": 1, "dtype": "auto", "enable_prefix_caching": True, "seed": 7}.items():
         try:

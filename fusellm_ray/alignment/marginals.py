@@ -168,10 +168,8 @@ def project(text, positions, rows, tables, read, result, work):
     """Fill `result`.
 
     Returns:
-        The most mass that any position had (at most 1, if the input is sound), and how many map entries were
-        missing: with any, resolve them and call again.
+        How many map entries were missing: with any, resolve them and call again.
     """
-    most_mass = 0.0
     num_missing = 0
     for p in range(len(result.gold)):
         gold_logprob = read.logprob[p + 1] - read.logprob[p]
@@ -197,8 +195,8 @@ def project(text, positions, rows, tables, read, result, work):
             )
         else:
             continue
-        most_mass = _store(result, p, gold_mass, work, size, most_mass)
-    return most_mass, num_missing
+        _store(result, p, gold_mass, work, size)
+    return num_missing
 
 
 @inlined
@@ -208,23 +206,20 @@ def _set_one_hot(result, p):
 
 
 @inlined
-def _store(result, p, gold_mass, work, size, most_mass):
-    """The best candidates and what they leave; returns the most mass so far."""
+def _store(result, p, gold_mass, work, size):
+    """The best candidates and what they leave."""
     _sort(work, size)
     top_k = result.ids.shape[1]
-    kept = total = gold_mass
-    for c in range(size):
-        total += work.mass[c]
-        if c < top_k:
-            result.ids[p, c] = work.ids[c]
-            result.logprobs[p, c] = work.logprobs[c]
-            kept = total
+    kept = gold_mass
+    for c in range(min(size, top_k)):
+        result.ids[p, c] = work.ids[c]
+        result.logprobs[p, c] = work.logprobs[c]
+        kept += work.mass[c]
     for c in range(size, top_k):
         result.ids[p, c] = 0
         result.logprobs[p, c] = -np.inf
     result.residual[p] = np.log(1.0 - kept) if kept < 1.0 - ROUNDING else -np.inf
     result.valid[p] = True
-    return most_mass if total <= most_mass else total  # NaN stays
 
 
 @inlined

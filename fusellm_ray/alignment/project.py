@@ -33,7 +33,7 @@ from fusellm_ray.alignment.vocabulary import Vocabulary, VocabularyMap, string_o
 from fusellm_ray.config import AlignmentConfig
 from fusellm_ray.errors import AlignmentError
 
-_MAX_MASS = 1.01  # probabilities received for one row; rounding explains less
+_MAX_MASS = 1.01  # of the probabilities received for one row; rounding explains less
 _MAX_MISSING = 4096  # map entries that one pass may ask for
 
 
@@ -115,15 +115,10 @@ class Aligner:
         result = Distributions.empty(max(len(target.ids) - 1, 0), self.top_k)
         work = Workspace.empty(rows.top_ids.shape[1] + 1, _MAX_MISSING)
         while True:
-            mass, num_missing = project(letters, positions, rows, self._tables, read, result, work)
+            num_missing = project(letters, positions, rows, self._tables, read, result, work)
             if num_missing == 0:
                 break
             self.map.resolve(work.missing[:num_missing])
-        if not mass <= _MAX_MASS:
-            raise AlignmentError(
-                f"teacher: the probabilities of one row sum to {mass:.4f}, more than {_MAX_MASS}; "
-                "give logprobs in nats, normalised over the whole vocabulary"
-            )
         scored = ~np.isnan(rows.gold)
         if teacher.has_eos and not target.has_eos:
             scored[-1] = False  # the target does not predict this end: neither is the teacher judged on it
@@ -185,13 +180,20 @@ def _checked_rows(
             f"teacher: top_ids from {top_ids.min()} to {top_ids.max()}, vocabulary {vocab_size}; "
             "load its tokenizer with its model's vocab_size"
         )
-    if np.isinf(gold).any():
+    is_gap = np.isnan(gold)
+    with np.errstate(over="ignore", invalid="ignore"):
+        mass = np.exp(top_logprobs).sum(1)
+    if (row := _first(~(mass <= _MAX_MASS) & ~is_gap)) is not None:  # NaN is not at most anything
         raise AlignmentError(
-            f"teacher: gold_logprobs[{int(np.isinf(gold).argmax())}] is infinite; "
-            "the realised token always has some probability, and NaN says that there is no distribution"
+            f"teacher: the probabilities of row {row} sum to {mass[row]:.4f}, more than {_MAX_MASS}; "
+            "give logprobs in nats, normalised over the whole vocabulary"
+        )
+    if (row := _first(np.isinf(gold) | (gold > _MAX_MASS - 1))) is not None:
+        raise AlignmentError(
+            f"teacher: gold_logprobs[{row}] is {gold[row]}; a realised token has a probability above 0 and at "
+            "most 1 (NaN says that there is no distribution)"
         )
     total, gaps = np.zeros(num_tokens), np.zeros(num_tokens, np.int32)
-    is_gap = np.isnan(gold)
     np.cumsum(np.where(is_gap, 0.0, gold), out=total[1:])
     np.cumsum(is_gap, out=gaps[1:])
     return TeacherRows(
@@ -204,6 +206,10 @@ def _checked_rows(
         gaps,
         teacher.has_bos,
     )
+
+
+def _first(wrong: NDArray[np.bool_]) -> int | None:
+    return int(wrong.argmax()) if wrong.any() else None
 
 
 def _spellings(tokens: list[bytes]) -> NDArray[np.int32]:

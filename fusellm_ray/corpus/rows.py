@@ -29,6 +29,8 @@ _BLOCK_CHARS = 1 << 18
 """Characters tokenised at once: larger documents go in blocks, so that memory and a resume stay cheap."""
 _HEAD_TOKENS = 64
 """A piece's first word ends at this many tokens, if at no white space before."""
+_SEARCHED_TOKENS = 16
+"""A piece may end this many tokens before its row does, to end with a character."""
 _SMALLEST_PIECE = 1 / 64
 """Share of a row: no piece shorter than this is cut from a document to fill a row up."""
 
@@ -218,16 +220,28 @@ class _Rest:
             return None
         # Something must remain, and be of use: a lone token predicts nothing without BOS or EOS beside it.
         remain = 1 if num_bos or num_eos else 2
-        tokens = self._tokens(min(room - num_bos, max(num_left - remain, 1)))
-        count = len(tokens.ids)
-        while count and not self._is_cut(tokens.ends, count - 1, self.offset):
-            count -= 1
-        if num_bos + count < 2:
+        piece = self._cut(min(room - num_bos, num_left - remain))
+        if piece is None or num_bos + len(piece.ids) < 2:
             return None
-        piece = Encoding(tokens.ids[:count], tokens.ends[:count])
         segment = self._segment(piece, ends_document=False)
         self._seek(self.offset + int(piece.ends[-1]))
         return segment
+
+    def _cut(self, limit: int) -> Encoding | None:
+        """At most `limit` tokens that end with a character, short of the block's end."""
+        tokens = self._tokens(limit)
+        for count in range(len(tokens.ids), max(len(tokens.ids) - _SEARCHED_TOKENS, 0), -1):
+            if self._is_cut(tokens.ends, count - 1, self.offset):
+                return Encoding(tokens.ids[:count], tokens.ends[:count])
+        # A run of tokens across characters, as of one emoji many times: encode what fits as a text of its own.
+        stop = self.offset + int(tokens.ends[-1]) if len(tokens.ends) else 0
+        while stop > self.offset:
+            if self._data[stop] & 0xC0 != 0x80:
+                piece = self._encode(self._data[self.offset : stop].decode())
+                if len(piece.ids) <= limit:
+                    return piece
+            stop -= 1
+        return None
 
     def _tokens(self, count: int) -> Encoding:
         """The next `count` tokens, with ends from the present place."""
@@ -244,11 +258,11 @@ class _Rest:
         return Segment(text, framed.ids, framed.ends, ends_document, self.document.domain, self.document.name)
 
     def _is_cut(self, ends: npt.NDArray[np.int32], token: int, base: int = 0) -> bool:
-        """Can the text be cut after this token? Where it covers bytes and ends with a character. (A character
-        that a normaliser expands has tokens without width before the one that covers it.)"""
+        """Does this token cover bytes, and end with a character that is not the block's last? (A character that
+        a normaliser expands has tokens without width before the one that covers it.)"""
         begin = ends[token - 1] if token else 0
         at = base + int(ends[token])
-        return bool(ends[token] > begin and (at == len(self._data) or self._data[at] & 0xC0 != 0x80))
+        return bool(ends[token] > begin and at < len(self._data) and self._data[at] & 0xC0 != 0x80)
 
     def _starts_word(self, at: int) -> bool:
         return self._data[at : at + 1].isspace() and not self._data[at - 1 : at].isspace()

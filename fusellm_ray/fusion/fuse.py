@@ -299,7 +299,7 @@ def _mix(teachers: Sequence[Candidates], weights: Tensor) -> Fused:
     mass = torch.zeros_like(mass).scatter_add_(1, slot, mass)
     ids = torch.zeros_like(ids).scatter_(1, slot, ids)
     mass, order = mass.sort(dim=1, descending=True, stable=True)
-    ids = ids.gather(1, order).masked_fill(mass == 0, 0)
+    ids = ids.gather(1, order)
     assert isinstance(gold, Tensor)
     assert isinstance(residual, Tensor)
     return Fused(ids, mass.log(), gold.log(), residual.log(), weights.sum(0) > 0, weights)

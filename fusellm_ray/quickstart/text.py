@@ -193,7 +193,7 @@ def _place(domain: str) -> str:
 # ---------------------------------------------------------------------------------- how it is read
 
 _PYTHON_HEADER = re.compile(r"\A(?:#.*\n|\s*\n)+")
-_CPP_HEADER = re.compile(r"\A\s*(?:/\*.*?\*/|(?:[ \t]*//.*\n)+)\s*", re.DOTALL)
+_CPP_HEADER = re.compile(r"\A\s*(?:/\*.*?\*/|(?:[ \t]*//[^\n]*\n)+)\s*", re.DOTALL)
 _DOCSTRING = re.compile(r'[ \t]*r?"""(.*?)"""', re.DOTALL)
 _BLANK_LINES = re.compile(r"\n[ \t]*\n")
 _PROSE_SHARE = 0.88

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -23,6 +23,7 @@ from fusellm_ray.alignment.project import Aligned
 from fusellm_ray.config import StreamConfig
 from fusellm_ray.corpus.rows import Segment
 from fusellm_ray.errors import FrameError, FuseLLMError, TeacherLostError
+from fusellm_ray.stream.address import REFRESH_S, TeacherAddress
 from fusellm_ray.stream.frame import answer_bytes, decode_frame, encode_request
 
 _POLL_S = 0.5
@@ -31,28 +32,6 @@ _BACKOFF_S = (0.2, 5.0)
 """First and longest pause before a failed request is sent again."""
 _MAX_WRONG_ANSWERS = 8
 """Errors one request may meet inside replicas before its teacher counts as lost; crashes do not count."""
-
-
-@dataclass(frozen=True, slots=True)
-class HandleTable:
-    """The replicas of a teacher that take requests now."""
-
-    version: int
-    """Changes with every change of the handles."""
-    handles: Mapping[int, Any]
-    """Actor handles by replica number."""
-
-
-@dataclass(frozen=True, slots=True)
-class TeacherAddress:
-    """How a rank reaches a teacher. Picklable."""
-
-    name: str
-    fingerprint: str
-    """Answers that carry another one are refused."""
-    top_k: int
-    pool: Any
-    """Actor handle with `table()` and `report(replica, reason)`, both giving a `HandleTable`."""
 
 
 @dataclass(slots=True)
@@ -107,7 +86,9 @@ class _Teacher:
         self.in_flight: dict[int, _Request] = {}
         self.tokens = 0
         self.table_ref: Any = None
-        self.table_at = 0.0
+        self.table_at = 0.0  # when the table may be asked for again, if there is need
+        self.refresh_at = 0.0  # when it is asked for without need: replicas may have come or gone
+        self.reported_wait_s = 0.0
         self.send_at = 0.0
         self.backoff_s = 0.0
         self.progress_at = 0.0
@@ -223,7 +204,8 @@ class TeacherStream:
     def _send_unsent(self) -> None:
         now = self._now()
         for teacher in self._teachers:
-            if teacher.unsent and not teacher.handles:
+            lacks_replicas = bool(teacher.unsent) and not teacher.handles and now >= teacher.table_at
+            if teacher.table_ref is None and (lacks_replicas or now >= teacher.refresh_at):
                 self._ask_for_table(teacher)
             while teacher.unsent and teacher.handles and now >= teacher.send_at:
                 self._send(teacher, teacher.unsent.popleft())
@@ -244,9 +226,11 @@ class TeacherStream:
         self._awaited[ref] = (teacher, request)
 
     def _ask_for_table(self, teacher: _Teacher) -> None:
-        if teacher.table_ref is None and self._now() >= teacher.table_at:
-            teacher.table_ref = teacher.address.pool.table.remote()
-            self._awaited[teacher.table_ref] = (teacher, None)
+        waited_s = teacher.traffic.wait_s - teacher.reported_wait_s
+        teacher.reported_wait_s = teacher.traffic.wait_s
+        teacher.refresh_at = self._now() + REFRESH_S
+        teacher.table_ref = teacher.address.pool.table.remote(waited_s)
+        self._awaited[teacher.table_ref] = (teacher, None)
 
     # ------------------------------------------------------------------------------------ receiving
 
@@ -267,9 +251,9 @@ class TeacherStream:
             if parts is None:
                 teacher.traffic.wait_s += waited
         for ref in ready:
-            teacher, request = self._awaited.pop(ref, (None, None))
-            if teacher is None:
+            if ref not in self._awaited:
                 continue  # the second answer to a request whose first came in the same moment
+            teacher, request = self._awaited.pop(ref)
             if request is None:
                 self._take_table(teacher, ref)
                 continue

@@ -78,7 +78,7 @@ class MicroBatch:
             )
             for part in self.teachers
         )
-        fused = None if self.fused is None else _move_fused(self.fused, device)
+        fused = None if self.fused is None else self.fused.to(device, non_blocking=True)
         return MicroBatch(**tensors, teachers=teachers, fused=fused)
 
 
@@ -275,7 +275,3 @@ def _teacher_part(answer: Sequence[Aligned]) -> TeacherPart:
         own_bytes=torch.tensor([part.teacher_bytes for part in answer], dtype=torch.float64),
     )
 
-
-def _move_fused(fused: Fused, device: torch.device) -> Fused:
-    names = ("ids", "logprobs", "gold", "residual", "valid", "weights")
-    return Fused(**{name: getattr(fused, name).to(device, non_blocking=True) for name in names})

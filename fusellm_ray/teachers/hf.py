@@ -42,7 +42,8 @@ class TransformersScorer:
         use_gpu = teacher.resources.num_gpus > 0 and torch.cuda.is_available()
         self._device = torch.device("cuda" if use_gpu else "cpu")
         facts = model_facts(teacher)
-        self._model = load_causal_lm(teacher, dtype=getattr(torch, teacher.engine.dtype)).to(self._device)
+        self._model = load_causal_lm(teacher, dtype=getattr(torch, teacher.engine.dtype))
+        torch.nn.Module.to(self._model, self._device)
         self.vocab_size = facts.vocab_size
         self.max_context = teacher.max_context or facts.max_context
         try:

@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
@@ -91,14 +91,15 @@ class Watch:
             self._death.get_loop().remove_reader(self._reader.fileno())
             self._death.set_result(reason)
 
-    async def stop(self) -> None:
-        """See the children, which have been asked to end, and all they started to their end."""
+    async def stop(self, shut_down: Callable[[], None]) -> None:
+        """Ask the children to end, and see to it that they and all they started do."""
         if self._death is not None:
             self._settle("it was stopped")
-        await asyncio.to_thread(self._reap)
+        await asyncio.to_thread(self._reap, shut_down)
         self._reader.close()
 
-    def _reap(self) -> None:
+    def _reap(self, shut_down: Callable[[], None]) -> None:
+        shut_down()
         for child in self._children:
             child.join(_GRACE_S)
             child.kill()

@@ -1,6 +1,6 @@
 """The replicas of one teacher: started in parallel, watched, replaced, and announced to ranks as a table.
 
-    driver ── start_pools ─→ TeacherPool (one small actor a teacher)
+    driver ── service ─────→ TeacherPool (one small actor a teacher)
                                  ├─ tends ─→ TeacherReplica 0, 1, ...
     ranks  ── table, report ─────┘            ↑
        └───── score ──────────────────────────┘
@@ -12,42 +12,34 @@ is in the table while it is loaded, answers heartbeats, and has the fingerprint 
 from __future__ import annotations
 
 import asyncio
+import collections
+import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
-from fusellm_ray.config import AlignmentConfig, Config, ModelConfig, TeacherConfig, TransformersEngine
+from fusellm_ray.config import AlignmentConfig, ModelConfig, TeacherConfig, TransformersEngine
 from fusellm_ray.errors import AlignmentError, ClusterError, FuseLLMError
-from fusellm_ray.stream.client import HandleTable
-from fusellm_ray.teachers.replica import Description, Heartbeat, ReplicaStats, TeacherReplica
+from fusellm_ray.stream.address import REFRESH_S, HandleTable
+from fusellm_ray.teachers.replica import TeacherReplica
+from fusellm_ray.teachers.report import Description, Heartbeat, PoolStatus, ReplicaStats
+from fusellm_ray.teachers.scaling import Decision, Load, Scaler
 
 logger = logging.getLogger(__name__)
 
 _BEAT_S = 1.0
 """Between two looks at a replica."""
+_DRAIN_S = 2 * REFRESH_S
+"""How long a replica that is to go answers ranks that have not read the table since."""
 _MAX_FAILED_STARTS = 3
 """In a row, by a teacher of which no replica has ever been up."""
-_STOP_TIMEOUT_S = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class PoolStatus:
-    """How a pool stands."""
-
-    name: str
-    wanted: int
-    ready: int
-    asks: dict[str, float]
-    """Resources of one replica."""
-    problems: tuple[str, ...]
-    """What keeps replicas from being up, as far as known."""
-    description: Description | None
-    """Of the first replica that was ready."""
+STOP_TIMEOUT_S = 30.0
+"""Given to an engine to free its memory before its process is killed."""
 
 
 @dataclass(slots=True)
@@ -56,9 +48,12 @@ class _Member:
 
     number: int
     handle: Any
-    state: Literal["starting", "ready", "refused"] = "starting"
+    state: Literal["starting", "ready", "draining", "refused"] = "starting"
     incarnation: str = ""
     beat: Heartbeat | None = None
+    """Its latest."""
+    counted: Heartbeat | None = None
+    """Up to which its work went into a decision."""
     problem: str = ""
 
 
@@ -66,34 +61,51 @@ class TeacherPool:
     """Async Ray actor, one a teacher."""
 
     def __init__(
-        self, teacher: TeacherConfig, target: ModelConfig, alignment: AlignmentConfig, hang_s: float
+        self,
+        teacher: TeacherConfig,
+        target: ModelConfig,
+        alignment: AlignmentConfig,
+        hang_s: float,
+        scale_s: float = 5.0,
     ) -> None:
         """
         Args:
             hang_s: a replica that holds requests and has answered none for so long is restarted.
+            scale_s: between two looks at the load.
         """
         self._teacher = teacher
         self._target = target
         self._alignment = alignment
         self._hang_s = hang_s
+        self._scale_s = scale_s
         # A restarted pool must not repeat a version of its former self.
         self._version = time.time_ns()
         self._description: Description | None = None
         self._failure: FuseLLMError | None = None
         self._members: dict[int, _Member] = {}
+        self._numbers = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
-        for number in range(teacher.replicas.min):
-            self._add(number)
+        self._scaler = Scaler(teacher.replicas)
+        self._decisions: collections.deque[Decision] = collections.deque(maxlen=100)
+        self._waited_s = 0.0
+        for _ in range(teacher.replicas.min):
+            self._add()
+        if teacher.replicas.max > teacher.replicas.min:
+            self._keep(self._scale())
 
     def __repr__(self) -> str:
         return f"pool {self._teacher.name}"
 
-    async def table(self) -> HandleTable:
+    async def table(self, waited_s: float = 0.0) -> HandleTable:
         """The replicas that take requests now.
+
+        Args:
+            waited_s: how long the asking rank has waited for this teacher since it last asked.
 
         Raises:
             FuseLLMError: the teacher cannot work, whatever is restarted.
         """
+        self._waited_s += waited_s
         ready = {m.number: m.handle for m in self._members.values() if m.state == "ready"}
         if self._failure is not None and not ready:
             raise self._failure
@@ -118,6 +130,7 @@ class TeacherPool:
             asks={"CPU": resources.num_cpus, "GPU": resources.num_gpus} | resources.custom,
             problems=tuple(f"replica {m.number}: {m.problem}" for m in self._members.values() if m.problem),
             description=self._description,
+            decisions=tuple(self._decisions),
         )
 
     async def stats(self) -> dict[int, ReplicaStats]:
@@ -140,10 +153,13 @@ class TeacherPool:
 
     # ------------------------------------------------------------------------------------ tending
 
-    def _add(self, number: int) -> None:
-        member = _Member(number, self._spawn())
-        self._members[number] = member
-        task = asyncio.get_running_loop().create_task(self._tend(member))
+    def _add(self) -> None:
+        member = _Member(next(self._numbers), self._spawn())
+        self._members[member.number] = member
+        self._keep(self._tend(member))
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -198,6 +214,9 @@ class TeacherPool:
                 await asyncio.sleep(_BEAT_S)
                 if member.state == "ready":
                     await self._look(member)
+            if member.state == "draining":
+                await self._drain(member)
+                return
 
     def _is_final(self, error: Exception, failed_starts: int) -> bool:
         """Whether a teacher that was never up will never be; then `status` and `table` raise why."""
@@ -257,102 +276,80 @@ class TeacherPool:
         if is_hung:
             ray.kill(member.handle, no_restart=False)
 
+    # ------------------------------------------------------------------------------------ scaling
+
+    async def _scale(self) -> None:
+        measured_at = time.monotonic()
+        while True:
+            await asyncio.sleep(self._scale_s)
+            now = time.monotonic()
+            load = self._measure(now - measured_at)
+            measured_at = now
+            decision = self._scaler.decide(load)
+            current = load.ready + load.starting
+            if decision.replicas == current:
+                continue
+            logger.warning(
+                "teacher %s: %d → %d replicas: %s",
+                self._teacher.name,
+                current,
+                decision.replicas,
+                decision.reason,
+            )
+            self._decisions.append(decision)
+            for _ in range(decision.replicas - current):
+                self._add()
+            if decision.replicas < current:
+                last = max(m.number for m in self._members.values() if m.state == "ready")
+                self._members[last].state = "draining"
+                self._version += 1
+
+    def _measure(self, seconds: float) -> Load:
+        """The load since the last call."""
+        ready = [m for m in self._members.values() if m.state == "ready"]
+        busy_s, positions, queued, looked_at = 0.0, 0, 0, 0
+        for member in ready:
+            before, beat = member.counted, member.beat
+            if beat is None:
+                continue
+            if before is not None and before.incarnation == beat.incarnation:
+                busy_s += beat.engine_s - before.engine_s
+                positions += beat.positions - before.positions
+                looked_at += 1
+            queued += beat.queued_tokens
+            member.counted = beat
+        waited_s, self._waited_s = self._waited_s, 0.0
+        return Load(
+            ready=len(ready),
+            starting=sum(m.state == "starting" for m in self._members.values()),
+            busy=min(1.0, busy_s / (looked_at * seconds)) if looked_at else 0.0,
+            wait=waited_s / seconds,
+            queued_tokens=queued,
+            tokens_per_s=positions / busy_s if busy_s else 0.0,
+        )
+
+    async def _drain(self, member: _Member) -> None:
+        """End a replica once it has answered what it was asked."""
+        give_up = time.monotonic() + self._hang_s
+        await asyncio.sleep(_DRAIN_S)
+        try:
+            while (
+                time.monotonic() < give_up and (await _await(member.handle.heartbeat.remote())).queued_tokens
+            ):
+                await asyncio.sleep(_BEAT_S)
+        except RayError as error:
+            logger.info("teacher %s, replica %d: %s", self._teacher.name, member.number, _summary(error))
+        await self._end(member)
+        self._members.pop(member.number, None)
+
     async def _end(self, member: _Member) -> None:
         try:
             await asyncio.wait_for(
-                _await(member.handle.stop.remote()), _STOP_TIMEOUT_S if member.state == "ready" else 1
+                _await(member.handle.stop.remote()), STOP_TIMEOUT_S if member.state == "ready" else 1
             )
         except (RayError, FuseLLMError, TimeoutError) as error:
             logger.info("teacher %s, replica %d: stopped hard (%s)", self._teacher.name, member.number, error)
         ray.kill(member.handle)
-
-
-# ---------------------------------------------------------------------------------------- the driver's side
-
-
-def start_pools(config: Config) -> dict[str, Any]:
-    """Begin to start every teacher that the run listens to; returns the pools' handles by teacher."""
-    return {
-        teacher.name: ray.remote(TeacherPool)
-        .options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
-        .remote(teacher, config.target, config.alignment, config.stream.deadline_s / 2)
-        for teacher in config.active_teachers
-    }
-
-
-def wait_ready(
-    pools: Mapping[str, Any],
-    timeout_s: float,
-    on_progress: Callable[[dict[str, str]], None] | None = None,
-) -> dict[str, Description]:
-    """Wait until every pool has the replicas it asked for.
-
-    Args:
-        pools: as `start_pools` gave them.
-        timeout_s: for all of them.
-        on_progress: called with a line a teacher whenever one changes.
-
-    Raises:
-        ClusterError: time is up; the message compares what is asked for with what the cluster has.
-        FuseLLMError: a teacher cannot be loaded.
-    """
-    deadline = time.monotonic() + timeout_s
-    said: dict[str, str] = {}
-    while True:
-        statuses = _statuses(pools, deadline)
-        lines = {s.name: _line(s) for s in statuses}
-        if on_progress is not None and lines != said:
-            on_progress(lines)
-        said = lines
-        if all(s.ready >= s.wanted and s.description is not None for s in statuses):
-            return {s.name: s.description for s in statuses if s.description is not None}
-        if time.monotonic() > deadline:
-            missing = [s for s in statuses if s.ready < s.wanted]
-            waiting = "; ".join(
-                f"teacher {s.name}: {_line(s)}, each asks for {_amounts(s.asks)}" for s in missing
-            )
-            raise ClusterError(
-                f"teachers are not up after {timeout_s:.0f} s (run.start_timeout_s): {waiting}. {_shortage()}"
-            )
-        time.sleep(0.2)
-
-
-def stop_pools(pools: Mapping[str, Any]) -> None:
-    """End pools and replicas, and wait for it. Idempotent."""
-    stops = [pool.stop.remote() for pool in pools.values()]
-    if stops:
-        ray.wait(stops, num_returns=len(stops), timeout=_STOP_TIMEOUT_S + 5)
-    for pool in pools.values():
-        ray.kill(pool)
-
-
-def _statuses(pools: Mapping[str, Any], deadline: float) -> Sequence[PoolStatus]:
-    try:
-        return ray.get(
-            [pool.status.remote() for pool in pools.values()], timeout=max(1.0, deadline - time.monotonic())
-        )
-    except RayTaskError as error:
-        if isinstance(error.cause, FuseLLMError):
-            raise error.cause from None
-        raise
-    except TimeoutError:
-        raise ClusterError(f"the teachers' pools do not answer. {_shortage()}") from None
-
-
-def _line(status: PoolStatus) -> str:
-    line = f"{status.ready}/{status.wanted} replicas ready"
-    return f"{line} ({'; '.join(status.problems)})" if status.problems else line
-
-
-def _shortage() -> str:
-    total, free = ray.cluster_resources(), ray.available_resources()
-    kinds = sorted(key for key in total if not key.startswith(("node:", "object_store_memory", "memory")))
-    has, rest = ({kind: amounts.get(kind, 0) for kind in kinds} for amounts in (total, free))
-    return f"The cluster has {_amounts(has)}; free: {_amounts(rest)}"
-
-
-def _amounts(resources: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {amount:g}" for name, amount in resources.items() if amount) or "nothing"
 
 
 async def _await(ref: Any) -> Any:

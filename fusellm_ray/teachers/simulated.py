@@ -20,6 +20,10 @@ _GOLD_SHARE = 3 / 4
 """Share of positions whose gold token is among the candidates, about what real teachers reach."""
 _DEFAULT_CONTEXT = 2048
 
+Patterns = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]
+"""P distributions: distinct ids [P, k], descending logprobs [P, k], and the logprob [P] of a gold token that is
+not among them, a quarter of what they leave."""
+
 
 class SimulatedScorer:
     """Takes as long as the cost model says and answers as a function of the prompt alone.
@@ -42,7 +46,7 @@ class SimulatedScorer:
         self.max_context = teacher.max_context or _DEFAULT_CONTEXT
         self._rng = np.random.default_rng()  # of durations and failures only, never of answers
         self._free_at = 0.0
-        self._patterns: dict[int, tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]] = {}
+        self._patterns: dict[int, Patterns] = {}
         time.sleep(self._cost.startup_s)
 
     async def score(self, prompts: Sequence[NDArray[np.int32]], top_k: int) -> list[Scores]:
@@ -87,11 +91,7 @@ class SimulatedScorer:
         at_slot = np.take_along_axis(top_logprobs, np.minimum(slot, top_k - 1)[:, None], axis=1)[:, 0]
         return Scores(top_ids, top_logprobs, np.where(inside, at_slot, tails[pattern]))
 
-    def _make_patterns(
-        self, top_k: int
-    ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
-        """The fixed distributions: distinct ids [P, k], descending logprobs [P, k], and the logprob [P] of a gold
-        token that is not among them, a quarter of what they leave."""
+    def _make_patterns(self, top_k: int) -> Patterns:
         rng = np.random.default_rng([self.vocab_size, top_k])
         # Distinct within a row: an arithmetic progression with a step that no wrap-around repeats.
         start = rng.integers(0, self.vocab_size, (_PATTERNS, 1))

@@ -172,7 +172,7 @@ class VllmScorer:
         length = min(_SELF_TEST_TOKENS, self.max_context)
         passage = ((np.arange(length) * 7919 + 13) % self.vocab_size).astype(np.int32)
         half = passage[: length // 2]
-        whole, alone = await self._score([passage, half], min(self._max_top_k, self.vocab_size))
+        whole, alone = await self._score([passage, half], self._max_top_k)
         rows = len(alone.gold_logprobs)
         difference = np.abs(whole.gold_logprobs[:rows] - alone.gold_logprobs).mean() if rows else 0.0
         if not difference <= _SELF_TEST_NATS:
@@ -187,8 +187,7 @@ class VllmScorer:
     async def stop(self) -> None:
         if not self._is_stopped:
             self._is_stopped = True
-            await asyncio.to_thread(self._engine.shutdown)
-            await self._watch.stop()
+            await self._watch.stop(self._engine.shutdown)
             del self._engine  # its destructor fails once the interpreter is going down
 
     # ------------------------------------------------------------------------------------ requests
@@ -294,7 +293,7 @@ def engine_args(teacher: TeacherConfig, *, vocab_size: int, max_model_len: int) 
     assert isinstance(engine, VllmEngine)
     _check_args(teacher.name, engine.args)
     args: dict[str, Any] = {
-        "model": teacher.model,
+        "model": os.path.expanduser(teacher.model),
         "revision": teacher.revision,
         "trust_remote_code": teacher.trust_remote_code,
         "load_format": "safetensors",

@@ -1,0 +1,32 @@
+"""Where a rank finds a teacher; light to import, for pools and drivers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+REFRESH_S = 2.0
+"""How often a rank that waits for a teacher reads its table again."""
+
+
+@dataclass(frozen=True, slots=True)
+class HandleTable:
+    """The replicas of a teacher that take requests now."""
+
+    version: int
+    """Changes with every change of the handles."""
+    handles: Mapping[int, Any]
+    """Actor handles by replica number."""
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherAddress:
+    """How a rank reaches a teacher. Picklable."""
+
+    name: str
+    fingerprint: str
+    """Answers that carry another one are refused."""
+    top_k: int
+    pool: Any
+    """Actor handle with `table(waited_s)` and `report(replica, reason)`, both giving a `HandleTable`."""

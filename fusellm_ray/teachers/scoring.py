@@ -1,0 +1,283 @@
+"""A loaded teacher: requests of `stream.frame` in, frames out. Independent of Ray.
+
+    request → segments → teacher tokens, windows ─→ engine ─→ top-k rows → aligned → frame
+              └──────── align thread ───────┘  its thread or  └───── align thread ─────┘
+                                                 process
+
+While the engine scores one request, another one is being tokenised or aligned. Scoring is pure: the same request
+gives the same frame, in any process, before and after a restart. So a request can always be sent again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusellm_ray.alignment.project import Aligner
+from fusellm_ray.config import AlignmentConfig, ModelConfig, TeacherConfig
+from fusellm_ray.corpus.rows import Segment
+from fusellm_ray.corpus.tokens import ByteTokenizer, Encoding
+from fusellm_ray.errors import ConfigError, EngineError
+from fusellm_ray.models import model_facts
+from fusellm_ray.stream import frame
+from fusellm_ray.teachers.engine import Scores, make_engine
+from fusellm_ray.teachers.report import ReplicaStats
+
+SELF_TEST = "The café's naïve owner wrote:\n\n\tdef total(prices):\n\t\treturn sum(prices)  # 3 × 4 = 12 €\n"
+"""Prose, code, tabs, newlines and characters of one to three bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """One segment as its teacher reads it."""
+
+    tokens: Encoding
+    """The whole segment, BOS and EOS included."""
+    windows: list[tuple[NDArray[np.int32], int]]
+    """What the engine is asked; see `windows`."""
+
+
+class TeacherScorer:
+    """A teacher's engine, both tokenizers and the alignment between them."""
+
+    def __init__(self, teacher: TeacherConfig, target: ModelConfig, alignment: AlignmentConfig) -> None:
+        """Load everything; takes as long as the engine does.
+
+        Raises:
+            FuseLLMError: a model, its tokenizer or the configuration cannot work.
+        """
+        self.target = ByteTokenizer.load(
+            target.model,
+            revision=target.revision,
+            trust_remote_code=target.trust_remote_code,
+            vocab_size=model_facts(target).vocab_size,
+        )
+        self.engine = make_engine(teacher)
+        smaller = min(self.engine.vocab_size, self.target.vocab_size)
+        if teacher.top_k > smaller:
+            raise ConfigError(
+                f"teacher {teacher.name}: top_k={teacher.top_k} exceeds the vocabulary ({smaller}); "
+                f"lower it to at most {smaller}"
+            )
+        self.tokenizer = ByteTokenizer.load(
+            teacher.model,
+            revision=teacher.revision,
+            trust_remote_code=teacher.trust_remote_code,
+            vocab_size=self.engine.vocab_size,
+        )
+        self._name, self._top_k = teacher.name, teacher.top_k
+        self._aligner = Aligner(self.tokenizer, self.target, alignment, teacher.top_k)
+        self.fingerprint = _fingerprint(
+            {
+                "wire": frame.VERSION,
+                "model": teacher.model,
+                "revision": teacher.revision,
+                "tokenizer": self.tokenizer.fingerprint,
+                "target_tokenizer": self.target.fingerprint,
+                "alignment": alignment.model_dump(),
+                "top_k": teacher.top_k,
+                "max_context": self.engine.max_context,
+            }
+        )
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{teacher.name}-align")
+        self._stats = ReplicaStats()
+        self._in_flight: dict[int, tuple[int, float]] = {}  # request → target tokens, when it came
+        self._numbers = itertools.count()
+        self._answered_at = time.monotonic()
+        self._in_engine = 0
+        self._engine_since = 0.0
+
+    async def answer(self, request: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Score the segments of a request.
+
+        Raises:
+            FrameError: the request cannot be read.
+            EngineError: the engine answered wrongly.
+        """
+        segments = frame.decode_request(request, vocab_size=self.target.vocab_size)
+        number = next(self._numbers)
+        self._in_flight[number] = (sum(len(s.ids) for s in segments), time.monotonic())
+        try:
+            return await self._score(segments, self._stats)
+        finally:
+            del self._in_flight[number]
+            self._answered_at = time.monotonic()
+
+    async def self_test(self) -> None:
+        """Answer a request for a fixed passage and read it as a rank would; compiles the alignment besides.
+
+        Raises:
+            EngineError: no position got a distribution.
+            FrameError: the answer is no distribution.
+        """
+        tokens = self.target.sequence(SELF_TEST, True)
+        passage = Segment(
+            text=SELF_TEST.encode(),
+            ids=tokens.ids,
+            ends=tokens.ends,
+            ends_document=True,
+            domain="self-test",
+            document="self-test",
+        )
+        stats = ReplicaStats()
+        buffer = await self._score([passage], stats)
+        frame.decode_frame(
+            buffer,
+            teacher=self._name,
+            fingerprint=self.fingerprint,
+            vocab_size=self.target.vocab_size,
+            num_positions=[passage.num_positions],
+        )
+        if stats.covered == 0:
+            raise EngineError(
+                f"teacher {self._name}: no position of the self-test passage got a distribution; its "
+                f"tokenizer ({self.tokenizer.vocab_size} tokens) and the target's do not fit the text"
+            )
+
+    async def stop(self) -> None:
+        """Give back the engine's memory and processes. Idempotent."""
+        await self.engine.stop()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def stats(self) -> ReplicaStats:
+        busy_s = time.monotonic() - self._engine_since if self._in_engine else 0.0
+        return replace(self._stats, engine_s=self._stats.engine_s + busy_s, cpu_s=time.process_time())
+
+    @property
+    def queued_tokens(self) -> int:
+        """Target tokens of the requests that are not answered yet."""
+        return sum(tokens for tokens, _ in self._in_flight.values())
+
+    @property
+    def stalled_s(self) -> float:
+        """How long requests have been waiting without one being answered."""
+        if not self._in_flight:
+            return 0.0
+        oldest = min(since for _, since in self._in_flight.values())
+        return time.monotonic() - max(oldest, self._answered_at)
+
+    # ------------------------------------------------------------------------------------ one request
+
+    async def _score(self, segments: Sequence[Segment], stats: ReplicaStats) -> NDArray[np.uint8]:
+        loop = asyncio.get_running_loop()
+        prompts = await loop.run_in_executor(self._thread, self._tokenise, segments)
+        flat = [prompt for p in prompts for prompt, _ in p.windows]
+        self._enter_engine()
+        try:
+            scores = await self.engine.score(flat, self._top_k) if flat else []
+        finally:
+            self._leave_engine()
+        stats.tokens += sum(len(prompt) for prompt in flat)
+        return await loop.run_in_executor(self._thread, self._align, segments, prompts, scores, stats)
+
+    def _tokenise(self, segments: Sequence[Segment]) -> list[Prompts]:
+        encodings = self.tokenizer.encode_batch([s.text.decode() for s in segments])
+        made = []
+        for encoding, segment in zip(encodings, segments, strict=True):
+            tokens = self.tokenizer.framed(encoding, segment.ends_document)
+            made.append(Prompts(tokens, windows(tokens.ids, self.engine.max_context, self.tokenizer.bos_id)))
+        return made
+
+    def _align(
+        self,
+        segments: Sequence[Segment],
+        prompts: Sequence[Prompts],
+        scores: Sequence[Scores],
+        stats: ReplicaStats,
+    ) -> NDArray[np.uint8]:
+        started = time.perf_counter()
+        answers = iter(scores)
+        parts = []
+        for segment, prompt in zip(segments, prompts, strict=True):
+            rows = _join([(next(answers), kept) for _, kept in prompt.windows], self._top_k)
+            aligned = self._aligner.align(
+                segment.text,
+                segment.ids,
+                segment.ends,
+                prompt.tokens.ids,
+                prompt.tokens.ends,
+                rows.top_ids,
+                rows.top_logprobs,
+                rows.gold_logprobs,
+            )
+            stats.record(segment, aligned)
+            parts.append(aligned)
+        buffer = frame.encode_frame(
+            parts, teacher=self._name, fingerprint=self.fingerprint, vocab_size=self.target.vocab_size
+        )
+        stats.requests += 1
+        stats.segments += len(segments)
+        stats.frame_bytes += buffer.nbytes
+        stats.align_s += time.perf_counter() - started
+        return buffer
+
+    def _enter_engine(self) -> None:
+        if self._in_engine == 0:
+            self._engine_since = time.monotonic()
+        self._in_engine += 1
+
+    def _leave_engine(self) -> None:
+        self._in_engine -= 1
+        if self._in_engine == 0:
+            self._stats.engine_s += time.monotonic() - self._engine_since
+
+
+def _fingerprint(identity: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def windows(
+    ids: NDArray[np.int32], max_context: int, bos_id: int | None
+) -> list[tuple[NDArray[np.int32], int]]:
+    """Prompts of at most `max_context` tokens that together predict all tokens of a sequence but its first.
+
+    A sequence that fits is its own prompt. A longer one is read in windows that each repeat a quarter of the
+    context before their first new token, so no prediction is made without context, and none is lost.
+
+    Args:
+        ids: [M], with BOS if the tokenizer adds one.
+        max_context: at least 2.
+        bos_id: what later windows begin with too, if the tokenizer adds one.
+
+    Returns:
+        (prompt, number of its last rows that are new) in order; the numbers add up to M - 1.
+
+    Example:
+        windows(arange(10), 8, None) → [(0..7, 7), (6..9, 2)]
+    """
+    if len(ids) < 2:
+        return []
+    pieces = [(ids[:max_context], min(len(ids), max_context) - 1)]
+    prefix = ids[:0] if bos_id is None else np.array([bos_id], dtype=np.int32)
+    room = max_context - len(prefix)
+    repeated = min(max(1, max_context // 4), room - 1)
+    start = max_context
+    while start < len(ids):
+        stop = min(len(ids), start - repeated + room)
+        pieces.append((np.concatenate([prefix, ids[start - repeated : stop]]), stop - start))
+        start = stop
+    return pieces
+
+
+def _join(pieces: Sequence[tuple[Scores, int]], top_k: int) -> Scores:
+    """The rows of a whole sequence from those of its windows."""
+    if not pieces:
+        none = np.zeros((0, top_k), dtype=np.float32)
+        return Scores(none.astype(np.int32), none, none[:, 0])
+    if len(pieces) == 1:
+        return pieces[0][0]
+    return Scores(
+        np.concatenate([scores.top_ids[-kept:] for scores, kept in pieces]),
+        np.concatenate([scores.top_logprobs[-kept:] for scores, kept in pieces]),
+        np.concatenate([scores.gold_logprobs[-kept:] for scores, kept in pieces]),
+    )

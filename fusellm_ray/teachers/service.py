@@ -1,0 +1,106 @@
+"""The driver's side of the teachers: start them all, wait for them with an explanation, stop them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+
+from fusellm_ray.config import Config
+from fusellm_ray.errors import ClusterError, FuseLLMError
+from fusellm_ray.teachers.pool import STOP_TIMEOUT_S, TeacherPool
+from fusellm_ray.teachers.report import Description, PoolStatus
+
+
+def start_pools(config: Config) -> dict[str, Any]:
+    """Begin to start every teacher that the run listens to; returns the pools' handles by teacher."""
+    return {
+        teacher.name: ray.remote(TeacherPool)
+        .options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+        .remote(teacher, config.target, config.alignment, config.stream.deadline_s / 2)
+        for teacher in config.active_teachers
+    }
+
+
+def wait_ready(
+    pools: Mapping[str, Any],
+    timeout_s: float,
+    on_progress: Callable[[dict[str, str]], None] | None = None,
+) -> dict[str, Description]:
+    """Wait until every pool has the replicas it asked for.
+
+    Args:
+        pools: as `start_pools` gave them.
+        timeout_s: for all of them.
+        on_progress: called with a line a teacher whenever one changes.
+
+    Raises:
+        ClusterError: time is up; the message compares what is asked for with what the cluster has.
+        FuseLLMError: a teacher cannot be loaded.
+    """
+    if not pools:
+        return {}
+    deadline = time.monotonic() + timeout_s
+    asked: dict[str, Any] = {}
+    statuses: dict[str, PoolStatus] = {}
+    said: dict[str, str] = {}
+    while True:
+        for name, pool in pools.items():
+            asked.setdefault(name, pool.status.remote())
+        answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=0.5)
+        for name in [name for name, ref in asked.items() if ref in answered]:
+            statuses[name] = _status(asked.pop(name))
+        lines = {name: _line(statuses.get(name)) for name in pools}
+        if on_progress is not None and lines != said:
+            on_progress(lines)
+        said = lines
+        up = {s.name: s.description for s in statuses.values() if s.description and s.ready >= s.wanted}
+        if len(up) == len(pools):
+            return up
+        if time.monotonic() > deadline:
+            waiting = "; ".join(f"teacher {name}: {line}" for name, line in lines.items() if name not in up)
+            raise ClusterError(
+                f"teachers are not up after {timeout_s:.0f} s (run.start_timeout_s): {waiting}. {_shortage()}"
+            )
+        time.sleep(0.2)
+
+
+def stop_pools(pools: Mapping[str, Any]) -> None:
+    """End pools and replicas, and wait for it. Idempotent."""
+    stops = [pool.stop.remote() for pool in pools.values()]
+    if stops:
+        ray.wait(stops, num_returns=len(stops), timeout=STOP_TIMEOUT_S + 5)
+    for pool in pools.values():
+        ray.kill(pool)
+
+
+def _status(answer: Any) -> PoolStatus:
+    try:
+        return ray.get(answer)
+    except RayTaskError as error:
+        if isinstance(error.cause, FuseLLMError):
+            raise error.cause from None
+        raise
+
+
+def _line(status: PoolStatus | None) -> str:
+    if status is None:
+        return "its pool is starting"
+    line = f"{status.ready}/{status.wanted} replicas ready"
+    if status.ready < status.wanted:
+        line += f", each asks for {_amounts(status.asks)}"
+    return f"{line} ({'; '.join(status.problems)})" if status.problems else line
+
+
+def _shortage() -> str:
+    total, free = ray.cluster_resources(), ray.available_resources()
+    kinds = sorted(key for key in total if not key.startswith(("node:", "object_store_memory", "memory")))
+    has, rest = ({kind: amounts.get(kind, 0) for kind in kinds} for amounts in (total, free))
+    return f"The cluster has {_amounts(has)}; free: {_amounts(rest)}"
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {amount:g}" for name, amount in resources.items() if amount) or "nothing"
