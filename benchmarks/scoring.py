@@ -44,7 +44,7 @@ from fusellm_ray.models import hidden_states
 from fusellm_ray.quickstart.tokenizer import train_tokenizer
 from fusellm_ray.stream import frame
 from fusellm_ray.teachers.hf import TransformersScorer
-from fusellm_ray.teachers.replica import TeacherReplica
+from fusellm_ray.teachers.scoring import TeacherScorer
 
 Prompts = Sequence[NDArray[np.int32]]
 Way = Callable[[], Awaitable[object]]
@@ -90,7 +90,7 @@ def parse_args() -> argparse.Namespace:
 
 
 async def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Start a replica, run the three ways, and return the report."""
+    """Start a teacher, run the three ways, and return the report."""
     model = build_model(args.model, scratch / "teacher") if args.model in SHAPES else Path(args.model)
     target = Path(args.target) if args.target else build_target(scratch / "target")
     dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
@@ -116,25 +116,23 @@ async def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     )
     memory = Memory()
     start = time.perf_counter()
-    replica = TeacherReplica(config, ModelConfig(model=str(target)), AlignmentConfig())
-    await replica.describe()
+    scorer = TeacherScorer(config, ModelConfig(model=str(target)), AlignmentConfig())
+    await scorer.self_test()
     start_s = time.perf_counter() - start
-    load = replica._loaded
-    assert load is not None
-    segments = list(itertools.islice(cut_segments(load.target, args.tokens), args.segments))
-    prompts = [load.teacher.sequence(s.text.decode(), s.ends_document).ids for s in segments]
-    prompts = [ids[: load.engine.max_context] for ids in prompts]
+    segments = list(itertools.islice(cut_segments(scorer.target, args.tokens), args.segments))
+    prompts = [scorer.tokenizer.sequence(s.text.decode(), s.ends_document).ids for s in segments]
+    prompts = [ids[: scorer.engine.max_context] for ids in prompts]
     requests = [
         frame.encode_request(segments[i : i + args.request_segments])
         for i in range(0, len(segments), args.request_segments)
     ]
 
     ways: dict[str, Way] = {
-        "plain": lambda: read(load.engine, prompts),
-        "scored": lambda: asyncio.gather(*(replica.score(request) for request in requests)),
+        "plain": lambda: read(scorer.engine, prompts),
+        "scored": lambda: asyncio.gather(*(scorer.answer(request) for request in requests)),
     }
     if args.engine == "vllm":
-        ways["stock"] = lambda: generate(load.engine, prompts, prompt_logprobs=args.top_k, detokenize=True)
+        ways["stock"] = lambda: generate(scorer.engine, prompts, prompt_logprobs=args.top_k, detokenize=True)
     num_tokens = sum(map(len, prompts))
     speeds: dict[str, list[float]] = {way: [] for way in ways}
     peaks = dict.fromkeys(ways, 0)
@@ -147,8 +145,8 @@ async def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             if repeat:  # the first is a warm-up
                 speeds[way].append(num_tokens / seconds)
                 peaks[way] = max(peaks[way], memory.peak)
-    stats = await replica.stats()
-    await replica.stop()
+    stats = scorer.stats
+    await scorer.stop()
 
     median = {way: statistics.median(values) for way, values in speeds.items()}
     for way, values in speeds.items():

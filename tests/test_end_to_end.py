@@ -22,7 +22,7 @@ from fusellm_ray.config import Config, parse_config
 from fusellm_ray.errors import CheckpointError, ClusterError, ConfigError
 from fusellm_ray.job import export_run, run_job
 from fusellm_ray.target.storage import Checkpoints
-from fusellm_ray.teachers.pool import start_pools, stop_pools
+from fusellm_ray.teachers.service import start_pools, stop_pools
 from tests.runs import build_run
 
 CONSTANT = {"schedule": "constant", "warmup_ratio": 0.0}

@@ -22,6 +22,7 @@ from fusellm_ray.errors import AlignmentError, ClusterError, ConfigError, FrameE
 from fusellm_ray.stream.address import TeacherAddress
 from fusellm_ray.stream.client import TeacherStream
 from fusellm_ray.stream.frame import decode_frame, encode_request
+from fusellm_ray.teachers.pool import TeacherPool
 from fusellm_ray.teachers.report import Description
 from fusellm_ray.teachers.scoring import TeacherScorer
 from fusellm_ray.teachers.service import start_pools, stop_pools, wait_ready
@@ -316,6 +317,44 @@ def test_a_stopped_process_is_replaced_and_its_requests_answered(
         if is_alive(frozen.pid):
             os.kill(frozen.pid, signal.SIGKILL)
     assert_same_bits(seen, asked, costed.alone(asked, "sim"))
+
+
+# ---------------------------------------------------------------------------------------- scaling
+
+
+def test_a_slow_teacher_grows_while_ranks_wait_and_shrinks_after(models: dict[str, Path]) -> None:
+    config = run_config(models, {**simulated(models, tokens_per_s=3000), "replicas": {"min": 1, "max": 2}})
+    (teacher,) = config.teachers
+    pool = ray.remote(TeacherPool).remote(teacher, config.target, config.alignment, 60, scale_s=0.5)
+    pools = {"sim": pool}
+    try:
+        (description,) = wait_ready(pools, PATIENCE_S).values()
+        address = TeacherAddress("sim", description.fingerprint, teacher.top_k, pool)
+        asked = batches(models, 20)
+        seen: Joined = []
+        grown = False
+        while not grown:
+            stream = TeacherStream([address], StreamConfig(in_flight_tokens=4000), VOCAB_SIZE)
+            seen = list(stream.join(asked))
+            grown = len(ray.get(pool.table.remote()).handles) == 2
+        (up,) = ray.get(pool.status.remote()).decisions
+        assert up.replicas == 2
+        assert "ranks wait" in up.reason
+
+        pids = [
+            d.pid
+            for d in ray.get([h.describe.remote() for h in ray.get(pool.table.remote()).handles.values()])
+        ]
+        give_up = time.monotonic() + PATIENCE_S
+        while all(map(is_alive, pids)):
+            assert time.monotonic() < give_up, "no replica was drained"
+            time.sleep(0.5)
+        assert len(ray.get(pool.table.remote()).handles) == 1
+        seen = list(TeacherStream([address], StreamConfig(), VOCAB_SIZE).join(asked))
+    finally:
+        stop_pools(pools)
+    with_one = run_config(models, simulated(models))
+    assert_same_bits(seen, asked, Service(with_one).alone(asked))
 
 
 # ---------------------------------------------------------------------------------------- refusals

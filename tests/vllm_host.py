@@ -128,7 +128,9 @@ async def main(folder: Path) -> None:
 
     seen: dict[str, Any] = {"is_cpu": current_platform.is_cpu()}
 
-    with mock.patch.object(LogprobsProcessor, "_update_prompt_logprobs", lambda self, ids, logprobs: None):
+    with mock.patch.object(
+        LogprobsProcessor, "_update_prompt_logprobs", LogprobsProcessor.pop_prompt_logprobs
+    ):
         seen["why_flat"] = _install_keep_arrays()
 
     for key, value in {"max_num_seq": 1, "dtype": "auto", "enable_prefix_caching": True, "seed": 7}.items():

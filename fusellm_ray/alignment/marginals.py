@@ -35,6 +35,8 @@ class TeacherRows(NamedTuple):
     """[M-1, K]"""
     top_logprobs: NDArray[np.float32]
     """[M-1, K]"""
+    top_mass: NDArray[np.float32]
+    """[M-1, K] exp of these: taken all at once it costs a fraction."""
     gold: NDArray[np.float32]
     """[M-1] logprob of ids[q + 1] in row q; NaN: there is no row q."""
     total: NDArray[np.float64]
@@ -141,7 +143,7 @@ def _log_mass_beginning_with(text, start, end, rows, q, tables):
         token = rows.top_ids[q, c]
         lead = _lead(tables, rows, token, q)
         if token != realised and _begins(tables, token, lead, text, start, end):
-            mass += np.exp(np.float64(rows.top_logprobs[q, c]))
+            mass += rows.top_mass[q, c]
     return np.log(mass)
 
 
@@ -230,19 +232,20 @@ def _collect(text, positions, p, rows, q, tables, log_given, gold_mass, work, nu
     ends_inside = positions.boundary[p + 1] == q  # the gold token is a part of the realised teacher token
     realised, gold = rows.ids[q + 1], positions.ids[p + 1]
     num_candidates = rows.top_ids.shape[1]
+    given = np.exp(log_given)
     size = 0
     for c in range(num_candidates + 1):
         if c < num_candidates:
             token = rows.top_ids[q, c]
-            logprob = rows.top_logprobs[q, c] - log_given
-            if token == realised or logprob == -np.inf:
+            mass = rows.top_mass[q, c] / given
+            if token == realised or mass == 0.0:
                 continue
             lead = _lead(tables, rows, token, q)
             if end > start and not _begins(tables, token, lead, text, start, end):
                 continue
             if ends_inside and _begins(tables, token, lead, text, start, gold_end):
                 continue  # part of P(gold)
-            mass = np.exp(logprob)
+            logprob = rows.top_logprobs[q, c] - log_given
         else:  # the realised token, less what P(gold) takes of it
             if ends_inside:
                 continue
@@ -285,8 +288,8 @@ def _collect_shifted(positions, p, rows, q, tables, work):
         if token == realised and not is_realised:
             continue
         logprob = np.float64(rows.gold[q] if is_realised else rows.top_logprobs[q, c])
-        ours = tables.whole[token]
         mass = np.exp(logprob)
+        ours = tables.whole[token]
         if ours == gold:
             gold_mass += mass
         elif ours >= 0 and mass > 0.0:

@@ -181,11 +181,13 @@ def _checked_rows(
             "load its tokenizer with its model's vocab_size"
         )
     is_gap = np.isnan(gold)
+    top_logprobs = np.ascontiguousarray(top_logprobs, np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        mass = np.exp(top_logprobs).sum(1)
-    if (row := _first(~(mass <= _MAX_MASS) & ~is_gap)) is not None:  # NaN is not at most anything
+        top_mass = np.exp(top_logprobs)
+        total_mass = top_mass.sum(1)
+    if (row := _first(~(total_mass <= _MAX_MASS) & ~is_gap)) is not None:  # NaN is not at most anything
         raise AlignmentError(
-            f"teacher: the probabilities of row {row} sum to {mass[row]:.4f}, more than {_MAX_MASS}; "
+            f"teacher: the probabilities of row {row} sum to {total_mass[row]:.4f}, more than {_MAX_MASS}; "
             "give logprobs in nats, normalised over the whole vocabulary"
         )
     if (row := _first(np.isinf(gold) | (gold > _MAX_MASS - 1))) is not None:
@@ -201,6 +203,7 @@ def _checked_rows(
         teacher.ends,
         frozen(top_ids, np.int32),
         frozen(top_logprobs, np.float32),
+        frozen(top_mass, np.float32),
         frozen(gold, np.float32),
         total,
         gaps,

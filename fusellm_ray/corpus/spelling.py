@@ -134,10 +134,10 @@ def text_only(tree: dict[str, Any], special: dict[str, int]) -> Tokenizer:
     else:  # merges alone make tokens, and none makes these
         vocab, renamed = model["vocab"], {}
     added = [t | {"content": renamed.get(t["content"], t["content"])} for t in tree["added_tokens"]]
-    changes = {"vocab": vocab} | (
-        {"dropout": None} if model["type"] == "BPE" else {}
-    )  # the same ids every time
-    tree = tree | {"model": model | changes, "added_tokens": added, "post_processor": None}
+    model = model | {"vocab": vocab}
+    if model["type"] == "BPE":
+        model["dropout"] = None  # the same ids every time
+    tree = tree | {"model": model, "added_tokens": added, "post_processor": None}
     rust = Tokenizer.from_str(json.dumps(tree))
     rust.encode_special_tokens = True
     return rust

@@ -58,11 +58,10 @@ class Watch:
     def __init__(self, reader: Connection, children: Iterable[BaseProcess]) -> None:
         self._reader = reader
         self._children = list(children)
-        self._descendants = [
-            process
-            for child in self._children
-            for process in psutil.Process(child.pid).children(recursive=True)
-        ]
+        self._descendants: list[psutil.Process] = []
+        for child in self._children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._descendants += psutil.Process(child.pid).children(recursive=True)
         self._death: asyncio.Future[str] | None = None
 
     @property
