@@ -1,8 +1,9 @@
 """What scoring prompts costs over reading them: `python -m benchmarks.scoring --engine vllm`.
 
-One teacher, in this process, reads the same prompts in three ways:
+One teacher, in this process, reads the same prompts in several ways:
 
     plain    the engine alone, no logprobs asked for
+    engine   the engine alone, top-k logprobs as arrays
     scored   a replica's whole work: requests of text in, frames of aligned distributions out
     stock    (vLLM only) logprobs as vLLM gives them by default, one dictionary a position, with token strings
 
@@ -90,7 +91,7 @@ def parse_args() -> argparse.Namespace:
 
 
 async def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Start a teacher, run the three ways, and return the report."""
+    """Start a teacher, run it in each way, and return the report."""
     model = build_model(args.model, scratch / "teacher") if args.model in SHAPES else Path(args.model)
     target = Path(args.target) if args.target else build_target(scratch / "target")
     dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
@@ -129,6 +130,7 @@ async def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
     ways: dict[str, Way] = {
         "plain": lambda: read(scorer.engine, prompts),
+        "engine": lambda: scorer.engine.score(prompts, args.top_k),
         "scored": lambda: asyncio.gather(*(scorer.answer(request) for request in requests)),
     }
     if args.engine == "vllm":
@@ -154,6 +156,7 @@ async def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     stock = median.get("stock")
     return {
         "plain_tokens_per_s": round(median["plain"]),
+        "engine_tokens_per_s": round(median["engine"]),
         "scored_tokens_per_s": round(median["scored"]),
         "ratio": round(median["scored"] / median["plain"], 3),
         "stock_tokens_per_s": stock and round(stock),

@@ -128,3 +128,47 @@ def export(config: Path, overrides: tuple[str, ...], out: Path, step: int | None
 
     folder = export_run(settings, out, step=step)
     click.echo(f"wrote {folder}")
+
+
+@main.command()
+@click.option("--target", required=True, help="Folder or hub id of the target (its tokenizer is read).")
+@click.option("--teacher", required=True, help="Folder or hub id of the teacher.")
+@click.option("--text", "file", type=click.Path(path_type=Path), required=True, help="A UTF-8 text file.")
+@click.option("--model", "with_model", is_flag=True, help="Load the teacher's model, too: mass and fidelity.")
+@click.option("--sequence", type=click.Choice(["span", "dtw"]), default="span", show_default=True)
+@click.option(
+    "--straddle", type=click.Choice(["mask", "onehot", "condition"]), default="condition", show_default=True
+)
+@click.option(
+    "--projection", type=click.Choice(["exact", "mined", "prefix"]), default="prefix", show_default=True
+)
+@click.option("--top-k", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option("--max-bytes", type=click.IntRange(min=1), default=100_000, show_default=True)
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures as JSON, too.")
+def align(
+    target: str,
+    teacher: str,
+    file: Path,
+    with_model: bool,
+    sequence: str,
+    straddle: str,
+    projection: str,
+    top_k: int,
+    max_bytes: int,
+    json_path: Path | None,
+) -> None:
+    """Measure how well a teacher's distributions would reach a target, and show it on a passage."""
+    from fusellm_ray.config import AlignmentConfig
+    from fusellm_ray.evaluate.alignment import show_alignment
+
+    settings = {"sequence": sequence, "straddle": straddle, "projection": projection}
+    show_alignment(
+        target,
+        teacher,
+        file,
+        config=AlignmentConfig.model_validate(settings),
+        with_model=with_model,
+        top_k=top_k,
+        max_bytes=max_bytes,
+        json_path=json_path,
+    )

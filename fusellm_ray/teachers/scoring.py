@@ -199,7 +199,7 @@ class TeacherScorer:
         answers = iter(scores)
         parts = []
         for segment, prompt in zip(segments, prompts, strict=True):
-            rows = _join([(next(answers), kept) for _, kept in prompt.windows], self._top_k)
+            rows = join_windows([(next(answers), kept) for _, kept in prompt.windows], self._top_k)
             aligned = self._aligner.align(
                 segment.text,
                 segment.ids,
@@ -269,7 +269,7 @@ def windows(
     return pieces
 
 
-def _join(pieces: Sequence[tuple[Scores, int]], top_k: int) -> Scores:
+def join_windows(pieces: Sequence[tuple[Scores, int]], top_k: int) -> Scores:
     """The rows of a whole sequence from those of its windows."""
     if not pieces:
         none = np.zeros((0, top_k), dtype=np.float32)
