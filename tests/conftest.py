@@ -21,8 +21,9 @@ def ray_session() -> Iterator[None]:
     """One private Ray for all tests that need one; its object store never overflows to disk."""
     import ray
 
-    os.environ["RAY_automatic_object_spilling_enabled"] = "0"
-    os.environ["RAY_local_fs_capacity_threshold"] = "0.0"
+    from fusellm_ray.job import LOCAL_RAY_ENVIRONMENT
+
+    os.environ.update(LOCAL_RAY_ENVIRONMENT)
     os.environ.pop("RAY_ADDRESS", None)
     ray.init(
         address="local",

@@ -14,13 +14,14 @@ def fusellm(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[
 
 
 def test_help_answers_before_anything_heavy_is_imported():
-    code = "import sys; from fusellm_ray.cli import main; main(['--help'], standalone_mode=False); print(sorted(sys.modules))"
+    code = "import sys; from fusellm_ray.cli import main; main(['--help'], standalone_mode=False); "
+    code += "print(sorted(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for heavy in ("'torch'", "'ray'", "'transformers'", "'vllm'", "'numpy'"):
         assert heavy not in result.stdout
 
 
-@pytest.mark.parametrize("command", ["quickstart", "train", "check", "evaluate", "export"])
+@pytest.mark.parametrize("command", ["quickstart", "train", "check", "evaluate", "export", "align"])
 def test_every_command_has_help(command: str):
     result = fusellm(command, "--help")
     assert result.returncode == 0

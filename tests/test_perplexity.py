@@ -10,6 +10,7 @@ from fusellm_ray.config import ModelConfig, SourceConfig, TargetConfig
 from fusellm_ray.corpus.source import Document
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.errors import CorpusError
+from fusellm_ray.models import HeadedModel, load_causal_lm
 from fusellm_ray.perplexity import (
     DomainScore,
     bits_per_byte,
@@ -17,7 +18,6 @@ from fusellm_ray.perplexity import (
     held_out_documents,
     sum_over_ranks,
 )
-from fusellm_ray.models import HeadedModel, load_causal_lm
 from fusellm_ray.target.model import build_target
 from tests.models import tiny_model
 from tests.ranks import run_ranks

@@ -300,14 +300,11 @@ def _collect_shifted(positions, p, rows, q, tables, work):
 @inlined
 def _add(work, size, token, logprob, mass):
     """Several teacher tokens that become one target token add up."""
-    slot = -1
     for i in range(size):
         if work.ids[i] == token:
-            slot = i
-    if slot >= 0:
-        work.mass[slot] += mass
-        work.logprobs[slot] = np.log(work.mass[slot])
-        return size
+            work.mass[i] += mass
+            work.logprobs[i] = np.log(work.mass[i])
+            return size
     work.ids[size], work.logprobs[size], work.mass[size] = token, logprob, mass
     return size + 1
 

@@ -25,6 +25,8 @@ import psutil
 _POLL_S = 0.5
 _GRACE_S = 5.0
 """How long a dying child may take to say why, and a stopped one to end by itself."""
+_REAPED_S = 1.0
+"""How long the exit code of a child that is gone may take to be known."""
 
 
 @contextlib.contextmanager
@@ -78,7 +80,10 @@ class Watch:
 
     def _exit_signal(self) -> str | None:
         for child in self._children:
-            child.join(_GRACE_S)
+            deadline = time.monotonic() + _REAPED_S
+            # Another thread may have reaped it and not noted its exit code yet.
+            while child.exitcode is None and time.monotonic() < deadline:
+                time.sleep(0.01)
             if child.exitcode is not None and child.exitcode < 0:
                 name = signal.Signals(-child.exitcode).name
                 return f"process {child.pid} was ended by {name}" + " (out of memory?)" * (name == "SIGKILL")
