@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -269,3 +270,18 @@ def test_tokens_are_spelled_as_the_reference_expects(tokenizers: dict) -> None:
     llama = tokenizers["llama"]
     the = llama.hf.convert_tokens_to_ids("▁the")
     assert (spelled(llama, the), spelled(llama, the, at_start=True)) == (b" the", b"the")
+
+
+REAL = Path(os.environ.get("FUSELLM_TOKENIZERS", Path(__file__).parents[2] / "shared/assets/tokenizers"))
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} has no tokenizers of well-known models")
+@pytest.mark.parametrize("k", [16, None])
+def test_identity_and_mass_hold_for_tokenizers_of_well_known_models(k: int | None) -> None:
+    known = {folder.name: ByteTokenizer.load(str(folder)) for folder in sorted(REAL.iterdir())}
+    for target, teacher in itertools.product(known.values(), known.values()):
+        aligner = Aligner(teacher, target, AlignmentConfig(), 16)
+        for text in (t[:24] if k is None else t for t in TEXTS):
+            case = case_of(text, target, teacher, k=k)
+            check_identity(case, aligner)
+            np.testing.assert_allclose(total_mass(case.align(aligner)), 1.0, atol=1e-5)

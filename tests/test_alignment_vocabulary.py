@@ -78,11 +78,17 @@ def test_nearest_is_the_first_of_the_least_distances(queries: list[str], strings
     assert nearest(Strings.of(queries + strings), len(queries)).tolist() == expected
 
 
-def test_mined_is_the_plain_search_over_the_whole_vocabulary(tokenizers: dict[str, ByteTokenizer]) -> None:
-    teacher, target = tokenizers["llama"], tokenizers["bytelevel"]
+@pytest.mark.parametrize(("teacher_kind", "target_kind"), [("llama", "bytelevel"), ("bytelevel", "llama")])
+def test_mined_is_the_plain_search_over_the_whole_vocabulary(
+    teacher_kind: str, target_kind: str, tokenizers: dict[str, ByteTokenizer]
+) -> None:
+    teacher, target = tokenizers[teacher_kind], tokenizers[target_kind]
     maps = VocabularyMap(teacher, target, "mined")
     theirs = [spelled(teacher, i) for i in range(teacher.vocab_size)]
     ours = [spelled(target, i) for i in range(target.vocab_size)]
+    for i, part in enumerate(ours):  # of two ids with the same bytes texts hold one
+        if part and ours.count(part) > 1 and (maps.whole[theirs.index(part)] if part in theirs else i) != i:
+            ours[i] = b""
     inexact = [i for i, part in enumerate(theirs) if part and part not in ours]
     assert len(inexact) > 50
     for i in inexact[:: len(inexact) // 50]:

@@ -43,13 +43,17 @@ def path(tmp_path_factory: pytest.TempPathFactory, tokenizer_folders: dict[str, 
     """What every stage made of the document."""
     folder = tmp_path_factory.mktemp("path")
     (folder / "one.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
-    corpus = Corpus.open(CorpusConfig(sources=[SourceConfig(name="d", path=str(folder / "one.jsonl"))]), seed=0)
+    corpus = Corpus.open(
+        CorpusConfig(sources=[SourceConfig(name="d", path=str(folder / "one.jsonl"))]), seed=0
+    )
     target_folder = model_folder(TARGET[0], tokenizer_folders[TARGET[1]], folder / "target", seed=9)
     target = ByteTokenizer.load(str(target_folder))
     row = ShardReader(corpus, target, 0, 1, ROW_TOKENS).next_row()
     segment = row.segments[0]
 
-    stages = SimpleNamespace(row=row, segment=segment, target=target, teachers={}, target_folder=target_folder)
+    stages = SimpleNamespace(
+        row=row, segment=segment, target=target, teachers={}, target_folder=target_folder
+    )
     for seed, (name, (architecture, kind)) in enumerate(TEACHERS.items()):
         model = model_folder(architecture, tokenizer_folders[kind], folder / name, seed=seed)
         tokenizer = ByteTokenizer.load(str(model))
@@ -78,7 +82,12 @@ def path(tmp_path_factory: pytest.TempPathFactory, tokenizer_folders: dict[str, 
             num_positions=[segment.num_positions],
         )
         stages.teachers[name] = SimpleNamespace(
-            config=config, tokenizer=tokenizer, tokens=tokens, scores=scores, aligned=aligned, received=received
+            config=config,
+            tokenizer=tokenizer,
+            tokens=tokens,
+            scores=scores,
+            aligned=aligned,
+            received=received,
         )
     stages.batch = make_micro_batch(
         [Row((segment,))],
@@ -197,11 +206,19 @@ def test_the_loss_is_clm_and_kl_to_the_fused_distribution_with_its_bucket(path: 
     assert batch.fused is not None
     model = load_causal_lm(ModelConfig(model=str(path.target_folder)), dtype=torch.float32)
     with torch.no_grad():
-        hidden = model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids).last_hidden_state
+        hidden = model.base_model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids
+        ).last_hidden_state
         hidden = hidden.flatten(0, 1)[batch.positions]
         weight = model.get_output_embeddings().weight
         output = objective(
-            hidden, weight, None, batch.gold, batch.fused, config=ObjectiveConfig(clm_weight=0.3), denominator=7.0
+            hidden,
+            weight,
+            None,
+            batch.gold,
+            batch.fused,
+            config=ObjectiveConfig(clm_weight=0.3),
+            denominator=7.0,
         )
         logq = log_softmax((hidden @ weight.T).double(), dim=-1)
 

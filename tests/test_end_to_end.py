@@ -136,7 +136,9 @@ def test_rows_longer_than_the_target_reads_are_refused(tree: dict[str, Any]):
 
 def test_top_k_over_the_vocabulary_is_refused(tree: dict[str, Any]):
     teachers = [tree["teachers"][0] | {"top_k": 5000}]
-    with pytest.raises(ConfigError, match=r"teachers\[0\].top_k=5000 exceeds the vocabulary of left \(1200\)"):
+    with pytest.raises(
+        ConfigError, match=r"teachers\[0\].top_k=5000 exceeds the vocabulary of left \(1200\)"
+    ):
         run_job(parse_config(tree | {"teachers": teachers}))
 
 

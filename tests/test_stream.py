@@ -287,7 +287,7 @@ def test_an_abandoned_stream_leaves_its_teachers_to_the_next(
 
 
 def test_time_away_from_the_stream_does_not_count(costed: Service, models: dict[str, Path]) -> None:
-    for _ in costed.stream("slow", deadline_s=6, in_flight_tokens=1).join(batches(models, 3, 1, size=150)):
+    for _ in costed.stream("slow", deadline_s=6, in_flight_tokens=1).join(batches(models, 2, 1, size=150)):
         time.sleep(7)
 
 

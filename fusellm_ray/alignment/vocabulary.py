@@ -8,8 +8,9 @@ filled as texts ask for them: the kernel names what it misses, and `VocabularyMa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol
 
 import numpy as np
@@ -111,6 +112,12 @@ class TargetIndex:
             if first != NOWHERE and target.token_bytes[first] == part:
                 self.ids[part] = first
 
+    @cached_property
+    def strings(self) -> tuple[list[int], list[str]]:
+        """Ids in ascending order, and their strings."""
+        part_of = sorted((i, part) for part, i in self.ids.items())
+        return [i for i, _ in part_of], [string_of(part) for _, part in part_of]
+
     def exact(self, part: bytes, at_start: bool) -> int:
         """The token with these bytes, or NOWHERE."""
         return self.ids.get(self._marker + part if at_start else part, NOWHERE)
@@ -171,7 +178,6 @@ class VocabularyMap:
             "mined": self._mined,
             "prefix": self._canonical,
         }[projection]
-        self._mined_strings: tuple[list[int], list[str]] | None = None
         self._memo: dict[tuple[bytes, bool], int] = {}
         self.suffix = np.full(len(self.bytes.flat), UNRESOLVED, np.int32)
         if same_tokens(teacher, target):
@@ -209,19 +215,13 @@ class VocabularyMap:
         return [self.bytes.flat[a:b].tobytes() for a, b in zip(first, last, strict=True)]
 
     def _look_up(self, parts: list[bytes], at_start: bool) -> list[int]:
-        ids = [self._index.exact(part, at_start) for part in parts]
-        unknown = list(
-            {
-                p
-                for p, i in zip(parts, ids, strict=True)
-                if i == NOWHERE and p and (p, at_start) not in self._memo
-            }
-        )
-        self._memo.update(zip(((p, at_start) for p in unknown), self._rule(unknown, at_start), strict=True))
-        return [
-            self._memo.get((p, at_start), NOWHERE) if i == NOWHERE else i
-            for p, i in zip(parts, ids, strict=True)
-        ]
+        found = {part: self._index.exact(part, at_start) for part in parts}
+        inexact = [part for part, i in found.items() if part and i == NOWHERE]
+        new = [part for part in inexact if (part, at_start) not in self._memo]
+        for part, i in zip(new, self._rule(new, at_start), strict=True):
+            self._memo[part, at_start] = i
+        found |= {part: self._memo[part, at_start] for part in inexact}
+        return [found[part] for part in parts]
 
     def _nowhere(self, parts: list[bytes], at_start: bool) -> list[int]:
         return [NOWHERE] * len(parts)
@@ -230,13 +230,9 @@ class VocabularyMap:
         return [self._index.canonical(part, at_start) for part in parts]
 
     def _mined(self, parts: list[bytes], at_start: bool) -> list[int]:
-        if self._mined_strings is None:
-            tokens: Mapping[int, bytes] = dict(sorted((i, part) for part, i in self._index.ids.items()))
-            self._mined_strings = list(tokens), [string_of(part) for part in tokens.values()]
-        ids, strings = self._mined_strings
+        # An id whose bytes texts spell with another one (<0x61> beside "a") is nobody's nearest.
+        ids, strings = self._index.strings
+        if not ids:
+            return self._nowhere(parts, at_start)
         queries = [string_of(part) for part in parts]
-        return (
-            [ids[i] for i in nearest(Strings.of(queries + strings), len(queries))]
-            if ids
-            else [NOWHERE] * len(parts)
-        )
+        return [ids[i] for i in nearest(Strings.of(queries + strings), len(queries))]

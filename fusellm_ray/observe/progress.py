@@ -32,20 +32,31 @@ def make_display(title: str = "training") -> Display:
 
 def step_line(record: dict[str, Any]) -> str:
     """One step in one line, figures named as in metrics.jsonl."""
-    wins = {k.split("/")[1]: v for k, v in record.items() if k.endswith("/win_share")}
-    parts = [
-        f"step {record['step']}/{record['steps']}",
-        f"loss {record['loss']:.4f}",
-        f"clm {record['loss/clm']:.4f}",
-        f"fusion {record['loss/fusion']:.4f}",
-        f"grad {record['grad_norm']:.2f}",
-        f"lr {record['lr']:.2e}",
-        f"{record['perf/tokens_per_s']:.0f} tok/s",
-        f"wait {record['time/wait_share']:.0%}",
+    figures = [
+        ("loss", "loss", ".4f"),
+        ("clm", "loss/clm", ".4f"),
+        ("fusion", "loss/fusion", ".4f"),  # absent without teachers
+        ("grad", "grad_norm", ".2f"),
+        ("lr", "lr", ".2e"),
+        ("tok/s", "perf/tokens_per_s", ".0f"),
+        ("wait", "time/wait_share", ".0%"),
     ]
+    parts = [f"step {record['step']}/{record['steps']}"]
+    parts += [f"{name} {record[key]:{form}}" for name, key, form in figures if key in record]
+    wins = {k.split("/")[1]: v for k, v in record.items() if k.endswith("/win_share")}
     if wins:
         parts.append("wins " + " ".join(f"{name} {share:.0%}" for name, share in wins.items()))
     return "  ".join(parts)
+
+
+def event_line(record: dict[str, Any]) -> str:
+    """Anything that is not a step: start, evaluation, end."""
+    details = [
+        f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in record.items()
+        if name != "event"
+    ]
+    return "  ".join([record["event"], *details])
 
 
 class _Lines:
@@ -67,8 +78,7 @@ class _Lines:
         if record["event"] == "step":
             self.note(step_line(record))
         else:
-            details = {k: v for k, v in record.items() if k != "event"}
-            self.note(record["event"] + "  " + "  ".join(f"{k} {v}" for k, v in details.items()))
+            self.note(event_line(record))
 
 
 class _Bars:
@@ -104,7 +114,11 @@ class _Bars:
         self._console.print("teachers: " + ", ".join(f"{name} {state}" for name, state in states.items()))
 
     def show(self, record: dict[str, Any]) -> None:
-        if self._progress is None or self._task is None or record["event"] != "step":
+        if self._progress is None or self._task is None:
+            return
+        if record["event"] == "evaluation":
+            self._console.print(event_line(record))
+        if record["event"] != "step":
             return
         figures = "  ".join(step_line(record).split("  ")[1:])
         self._progress.update(

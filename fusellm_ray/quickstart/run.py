@@ -105,6 +105,7 @@ def _shipped(name: str) -> Path:
 def _arm(config: Config, arm: str) -> Config:
     tree = config.model_dump(mode="json")
     tree["run"]["name"] = f"{config.run.name}-{arm}-seed{config.run.seed}"
+    tree["evaluation"]["sources"] = []  # what is evaluated is the exported model, beside all others
     if arm == "clm":
         tree["fusion"]["rule"] = "none"
     return parse_config(tree)

@@ -274,4 +274,3 @@ def _teacher_part(answer: Sequence[Aligned]) -> TeacherPart:
         own_tokens=torch.tensor([part.teacher_tokens for part in answer], dtype=torch.float64),
         own_bytes=torch.tensor([part.teacher_bytes for part in answer], dtype=torch.float64),
     )
-

@@ -17,7 +17,7 @@ from fusellm_ray.fusion.fuse import advantage
 from fusellm_ray.fusion.loss import ObjectiveOutput
 from fusellm_ray.target.batches import MicroBatch
 
-_SCALARS = ("loss", "tokens", "bytes", "clm", "fusion", "fused", "wait_s", "ranks")
+_SCALARS = ("loss", "tokens", "bytes", "clm", "fusion", "fused", "wait_s", "compute_cpu_s", "ranks")
 _PER_TEACHER = ("valid", "residual", "aligned_nats", "aligned_bytes", "own_nats", "own_bytes")
 _PER_DOMAIN = ("won", "fused_by_domain", "ahead_nats", "ahead_bytes")
 
@@ -80,6 +80,10 @@ class StepStatistics:
         self._count("wait_s", seconds)
         self._count("ranks", 1)
 
+    def add_compute(self, cpu_seconds: float) -> None:
+        """Count what forward and backward of a micro-batch took of this rank's thread."""
+        self._count("compute_cpu_s", cpu_seconds)
+
     def reduce(self, device: torch.device) -> None:
         """Sum over all ranks."""
         if dist.get_world_size() > 1:
@@ -98,6 +102,7 @@ class StepStatistics:
             "tokens": sums["tokens"],
             "fusion/listened_share": _ratio(sums["fused"], sums["tokens"]),
             "time/wait_s": _ratio(sums["wait_s"], sums["ranks"]),
+            "time/compute_cpu_s": sums["compute_cpu_s"],
         }
         for k, teacher in enumerate(self._teachers):
             at = f"teacher/{teacher}"

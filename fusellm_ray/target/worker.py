@@ -203,8 +203,10 @@ def _step(
     # Randomness (LoRA's dropout) depends on run, step and rank alone, so there is no generator state to save.
     torch.manual_seed(hash((rank.config.run.seed, progress.step, rank.index)) % 2**63)
     for micro in batch.micro_batches:
+        started = time.thread_time()
         output = _forward(rank, micro, denominator=num_gold)
         output.loss.backward()
+        statistics.add_compute(time.thread_time() - started)
         statistics.add(micro, output)
     statistics.reduce(rank.device)
     figures = statistics.figures()

@@ -81,6 +81,7 @@ class TeacherScorer:
                 "wire": frame.VERSION,
                 "model": teacher.model,
                 "revision": teacher.revision,
+                "engine": _what_changes_answers(teacher),
                 "tokenizer": self.tokenizer.fingerprint,
                 "target_tokenizer": self.target.fingerprint,
                 "alignment": alignment.model_dump(),
@@ -230,6 +231,12 @@ class TeacherScorer:
         self._in_engine -= 1
         if self._in_engine == 0:
             self._stats.engine_s += time.monotonic() - self._engine_since
+
+
+def _what_changes_answers(teacher: TeacherConfig) -> dict[str, object]:
+    """The engine's settings that its numbers depend on; speed and memory do not count."""
+    engine = teacher.engine.model_dump(mode="json")
+    return {name: engine[name] for name in ("type", "dtype", "lora", "args") if name in engine}
 
 
 def _fingerprint(identity: dict[str, object]) -> str:
