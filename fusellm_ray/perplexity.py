@@ -74,16 +74,10 @@ def held_out_documents(sources: Sequence[SourceConfig], max_bytes: int) -> list[
     return documents
 
 
-def evaluate_model(
-    config: ModelConfig,
-    documents: Iterable[Document],
-    *,
-    row_tokens: int = 2048,
-    batch_rows: int = 1,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, DomainScore]:
-    """Load a model and score documents with it; `row_tokens` is lowered to what it reads at once.
+def load_model(
+    config: ModelConfig, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[HeadedModel, ByteTokenizer, int]:
+    """A model to score, its tokenizer, and the tokens it reads at once.
 
     Raises:
         ModelError, TokenizerError: it cannot be loaded, or cannot keep packed documents apart.
@@ -98,12 +92,22 @@ def evaluate_model(
     causal_lm = load_causal_lm(config, dtype=dtype)
     causal_lm.to(device)  # type: ignore[arg-type]
     check_structure(causal_lm)
+    return HeadedModel(causal_lm), tokenizer, facts.max_context
+
+
+def evaluate_model(
+    config: ModelConfig,
+    documents: Iterable[Document],
+    *,
+    row_tokens: int = 2048,
+    batch_rows: int = 1,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, DomainScore]:
+    """Load a model and score documents with it; `row_tokens` is lowered to what it reads at once."""
+    model, tokenizer, context = load_model(config, device=device, dtype=dtype)
     return bits_per_byte(
-        HeadedModel(causal_lm),
-        tokenizer,
-        documents,
-        row_tokens=min(row_tokens, facts.max_context),
-        batch_rows=batch_rows,
+        model, tokenizer, documents, row_tokens=min(row_tokens, context), batch_rows=batch_rows
     )
 
 

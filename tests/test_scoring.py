@@ -1,0 +1,48 @@
+"""Long segments in windows: no prediction is lost, and none is made without context."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusellm_ray.teachers.engine import Scores
+from fusellm_ray.teachers.scoring import join_windows, windows
+
+BOS = 1_000_000
+
+
+@given(st.integers(0, 200), st.integers(2, 60), st.booleans())
+def test_windows_together_predict_each_token_once(length: int, max_context: int, has_bos: bool) -> None:
+    ids = np.arange(length, dtype=np.int32)
+    if has_bos and length:
+        ids[0] = BOS
+    pieces = windows(ids, max_context, BOS if has_bos else None)
+    assert all(2 <= len(prompt) <= max_context for prompt, _ in pieces)
+    assert all(prompt[0] == BOS for prompt, _ in pieces) or not has_bos
+    predicted = [token for prompt, kept in pieces for token in prompt[len(prompt) - kept :]]
+    assert predicted == ids[1:].tolist()
+    for prompt, kept in pieces[1:]:
+        repeated = len(prompt) - kept - has_bos
+        assert repeated >= min(max_context // 4, max_context - has_bos - 1)
+
+
+def test_a_sequence_that_fits_is_asked_as_it_is() -> None:
+    ids = np.arange(8, dtype=np.int32)
+    ((prompt, kept),) = windows(ids, 8, None)
+    np.testing.assert_array_equal(prompt, ids)
+    assert kept == 7
+
+
+@given(st.integers(0, 90), st.integers(2, 30))
+def test_rows_of_windows_join_to_the_rows_of_the_sequence(length: int, max_context: int) -> None:
+    """Rows are named by the token they predict, so the join can be seen."""
+    ids = np.arange(length, dtype=np.int32)
+    answers = []
+    for prompt, kept in windows(ids, max_context, None):
+        named = prompt[1:].astype(np.float32)
+        answers.append((Scores(prompt[1:, None], -named[:, None], -named), kept))
+    joined = join_windows(answers, 1)
+    np.testing.assert_array_equal(joined.top_ids[:, 0], ids[1:])
+    np.testing.assert_array_equal(joined.top_logprobs[:, 0], -ids[1:].astype(np.float32))
+    np.testing.assert_array_equal(joined.gold_logprobs, -ids[1:].astype(np.float32))
