@@ -169,7 +169,6 @@ def test_statistics_are_sums_over_covered_positions(
 
 
 def test_fidelity_is_one_where_the_whole_vocabulary_was_sent(tokenizers: dict[str, ByteTokenizer]) -> None:
-    case = Case.random(TEXTS[0], tokenizers["bytelevel"], tokenizers["normalising"])
     case = Case.random(TEXTS[1], tokenizers["bytelevel"], tokenizers["bytelevel"])
     aligner = Aligner(case.teacher, case.target, AlignmentConfig(), 1200)
     figures = alignment_statistics(aligner, [case.sequences], [case.align(aligner)])

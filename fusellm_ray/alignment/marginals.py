@@ -213,7 +213,7 @@ def _set_one_hot(result, p):
 @inlined
 def _store(result, p, gold_mass, work, size):
     """The best candidates and what they leave."""
-    pass
+    _sort(work, size)
     top_k = result.ids.shape[1]
     kept = gold_mass
     for c in range(min(size, top_k)):

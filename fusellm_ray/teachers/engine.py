@@ -36,6 +36,8 @@ class Engine(Protocol):
     """Rows of the output head; may exceed the tokenizer's length."""
     max_context: int
     """Tokens of the longest prompt it takes."""
+    model_cpu_s: float
+    """CPU seconds that this process has spent in the model so far; NaN where another process does the work."""
 
     async def score(self, prompts: Sequence[NDArray[np.int32]], top_k: int) -> list[Scores]:
         """Score each prompt alone.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -46,6 +47,7 @@ class TransformersScorer:
         torch.nn.Module.to(self._model, self._device)
         self.vocab_size = facts.vocab_size
         self.max_context = teacher.max_context or facts.max_context
+        self.model_cpu_s = 0.0
         try:
             check_head(self._model)
             self._head_is_apart = True
@@ -72,7 +74,9 @@ class TransformersScorer:
         answers: list[Scores | None] = [None] * len(prompts)
         for members in self._batches([len(prompt) for prompt in prompts]):
             batch = [prompts[i] for i in members]
+            started = time.thread_time()
             columns = self._score_batch(batch, top_k)
+            self.model_cpu_s += time.thread_time() - started
             bounds = np.cumsum([0] + [len(prompt) - 1 for prompt in batch])
             for i, (start, stop) in zip(members, itertools.pairwise(bounds), strict=True):
                 answers[i] = Scores(*(column[start:stop] for column in columns))

@@ -61,6 +61,8 @@ class ReplicaStats:
     """Wall time during which the engine had at least one request."""
     align_s: float = 0.0
     cpu_s: float = 0.0
+    model_cpu_s: float = 0.0
+    """... of which in the model; NaN where the engine is a process of its own."""
     frame_bytes: int = 0
     residual: float = 0.0
     """Sum over covered positions of the mass outside the candidates and the gold token."""

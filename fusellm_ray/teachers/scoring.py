@@ -152,7 +152,12 @@ class TeacherScorer:
     @property
     def stats(self) -> ReplicaStats:
         busy_s = time.monotonic() - self._engine_since if self._in_engine else 0.0
-        return replace(self._stats, engine_s=self._stats.engine_s + busy_s, cpu_s=time.process_time())
+        return replace(
+            self._stats,
+            engine_s=self._stats.engine_s + busy_s,
+            cpu_s=time.process_time(),
+            model_cpu_s=self.engine.model_cpu_s,
+        )
 
     @property
     def queued_tokens(self) -> int:

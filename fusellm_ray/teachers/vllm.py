@@ -139,6 +139,7 @@ class VllmScorer:
         self._start(args)
         self.vocab_size: int = self._engine.model_config.get_vocab_size()
         self.max_context: int = self._engine.model_config.max_model_len - 1
+        self.model_cpu_s = math.nan  # the engine core is a process of its own
 
     def _start(self, args: AsyncEngineArgs) -> None:
         before = set(multiprocessing.active_children())
