@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-MUON_LR, ADAM_LR = 0.02, 0.03
+MUON_LR, ADAM_LR = 0.03, 0.05
 _WARMUP_STEPS = 10
 _DECAY_SHARE = 0.7
 """The last part of the steps, over which the learning rates fall to nearly zero."""
