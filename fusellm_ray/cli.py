@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -42,6 +43,8 @@ def main() -> None:
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the table as JSON, too.")
 def quickstart(seed: int, steps: int | None, cache: Path | None, json_path: Path | None) -> None:
     """Build three small experts from text on this machine, and fuse them into a fourth model."""
+    # Small local models: transformers' bars would only break up ours.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from fusellm_ray.quickstart.run import run_quickstart
 
     sys.exit(run_quickstart(seed=seed, steps=steps, cache=cache, json_path=json_path))

@@ -233,8 +233,10 @@ class FusionConfig(Frozen):
     """τ of avg_ce: weights are softmax(−CE / τ)."""
     paper_weights: bool = False
     """avg_ce weighs by softmax(exp(−CE)) as the published code does."""
-    gate: Literal["none", "live_target"] = "none"
-    """live_target: CLM only on segments where the target is, by now, better than the fused teachers."""
+    gate: Literal["none", "frozen_target", "live_target"] = "none"
+    """When to listen. frozen_target (the paper): the target's initial self is one more teacher, with the first
+    teacher's engine, resources and top_k. live_target: CLM only on segments where the target is, by now, better
+    than the fused teachers."""
 
 
 class ObjectiveConfig(Frozen):
@@ -328,6 +330,10 @@ class RunConfig(Frozen):
     """How long to wait for the cluster to give what the run asks for (an autoscaler may need minutes)."""
 
 
+FROZEN_TARGET = "frozen_target"
+"""Name of the teacher that is the target's initial self."""
+
+
 class Config(Frozen):
     """A run."""
 
@@ -346,11 +352,11 @@ class Config(Frozen):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        _refuse_duplicates("teacher", [t.name for t in self.teachers])
         if self.fusion.rule != "none" and not self.teachers:
             raise ValueError(
                 f"fusion.rule={self.fusion.rule} needs teachers; add some or set fusion.rule=none"
             )
+        _refuse_duplicates("teacher", [t.name for t in self.active_teachers or self.teachers])
         if self.trainer.workers > self.training.batch_rows:
             raise ValueError(
                 f"trainer.workers={self.trainer.workers} exceeds training.batch_rows={self.training.batch_rows}: "
@@ -360,14 +366,22 @@ class Config(Frozen):
 
     @property
     def active_teachers(self) -> list[TeacherConfig]:
-        """The teachers this run starts: none for the CLM baseline."""
-        return [] if self.fusion.rule == "none" else self.teachers
+        """The teachers this run starts: none for the CLM baseline; with `gate: frozen_target` one more."""
+        if self.fusion.rule == "none":
+            return []
+        if self.fusion.gate != "frozen_target":
+            return self.teachers
+        own = {key: getattr(self.target, key) for key in ModelConfig.model_fields}
+        frozen = self.teachers[0].model_copy(
+            update=own | {"name": FROZEN_TARGET, "weight": 1.0, "max_context": None}
+        )
+        return [*self.teachers, frozen]
 
 
 PRESETS: Mapping[str, dict[str, Any]] = {
     "paper": {
         "alignment": {"sequence": "dtw", "straddle": "onehot", "projection": "mined"},
-        "fusion": {"rule": "min_ce", "granularity": "row", "unit": "nats_per_token"},
+        "fusion": {"rule": "min_ce", "granularity": "row", "unit": "nats_per_token", "gate": "frozen_target"},
         "objective": {"clm_weight": 0.9, "divergence": "forward_kl", "tail": "renormalise"},
         "training": {
             "batch_rows": 128,

@@ -86,7 +86,12 @@ def run_job(
         return Outcome(step=saved["step"], is_finished=True)
     identity = plan.preflight(config)
     with local_or_running_cluster(config), _Stop() as stop:
-        plan.require_resources(config)
+        missing = plan.require_resources(config)
+        if missing:
+            display.note(
+                f"the cluster must grow first ({missing}); "
+                f"giving up after {config.run.start_timeout_s:.0f} s (run.start_timeout_s)"
+            )
         own_pools: dict[str, Any] = {}
         try:
             if pools is None:

@@ -157,14 +157,21 @@ def _cpp_files() -> Iterator[_Candidate]:
 
 
 def _prose_files() -> Iterator[_Candidate]:
-    topics = importlib.import_module("pydoc_data.topics").topics
-    for topic, text in topics.items():
+    for topic, text in _language_reference().items():
         yield f"pydoc_data/{topic}", lambda text=text: _sentences([text])  # type: ignore[misc]
     for package in PROSE_PACKAGES:
         root = _package_folder(package)
         if root is not None:
             for name, path in _files(root, (".py",), frozenset({"test", "tests"})):
                 yield f"{package}/{name}", lambda path=path: _sentences(_docstrings(path))  # type: ignore[misc]
+
+
+def _language_reference() -> dict[str, str]:
+    try:
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:  # some distributions ship it apart
+        return {}
+    return topics
 
 
 def _files(root: Path, suffixes: tuple[str, ...], skipped: frozenset[str]) -> Iterator[tuple[str, Path]]:
