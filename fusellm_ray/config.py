@@ -103,8 +103,8 @@ class SimulatedEngine(Frozen):
     """No weights: a cost model with deterministic answers, to measure the pipeline itself."""
 
     type: Literal["simulated"]
-    tokens_per_s: float = Field(default=float("inf"), gt=0)
-    """Scoring speed of one replica."""
+    tokens_per_s: float | None = Field(default=None, gt=0)
+    """Scoring speed of one replica; default: it costs nothing."""
     startup_s: float = Field(default=0.0, ge=0)
     jitter: float = Field(default=0.0, ge=0)
     """Standard deviation of a request's duration, as a share of it."""
@@ -187,6 +187,13 @@ class SourceConfig(Frozen):
     def _one_origin(self) -> SourceConfig:
         if (self.path is None) == (self.dataset is None):
             raise ValueError(f"source {self.name!r}: give exactly one of path and dataset")
+        ignored = {"subset", "split", "revision"} if self.path is not None else {"format"}
+        ignored &= self.model_fields_set
+        if ignored:
+            origin = "path" if self.path is not None else "dataset"
+            raise ValueError(
+                f"source {self.name!r}: {', '.join(sorted(ignored))} mean nothing for a {origin}"
+            )
         return self
 
 
@@ -288,7 +295,7 @@ class StreamConfig(Frozen):
     """Requests from ranks to teachers."""
 
     in_flight_tokens: int = Field(default=65536, ge=1)
-    """Target tokens a rank may have in flight at one teacher (at least one batch is always allowed)."""
+    """Target tokens of the batches a rank has asked for and not joined yet (one batch is always allowed)."""
     in_flight_bytes: int = Field(default=256 << 20, ge=1 << 20)
     """Frame bytes a rank may have in flight over all teachers; keep well under the object store."""
     deadline_s: float = Field(default=600.0, gt=0)
@@ -357,6 +364,10 @@ class Config(Frozen):
                 f"fusion.rule={self.fusion.rule} needs teachers; add some or set fusion.rule=none"
             )
         _refuse_duplicates("teacher", [t.name for t in self.active_teachers or self.teachers])
+        if self.trainer.resources_per_worker.get("GPU") and not self.trainer.use_gpu:
+            raise ValueError(
+                "trainer.resources_per_worker asks for GPUs and trainer.use_gpu is false; set it true"
+            )
         if self.trainer.workers > self.training.batch_rows:
             raise ValueError(
                 f"trainer.workers={self.trainer.workers} exceeds training.batch_rows={self.training.batch_rows}: "
@@ -371,7 +382,11 @@ class Config(Frozen):
             return []
         if self.fusion.gate != "frozen_target":
             return self.teachers
-        own = {key: getattr(self.target, key) for key in ModelConfig.model_fields}
+        own: dict[str, Any] = {key: getattr(self.target, key) for key in ModelConfig.model_fields}
+        if isinstance(
+            self.teachers[0].engine, VllmEngine
+        ):  # an adapter and special arguments are that model's
+            own["engine"] = self.teachers[0].engine.model_copy(update={"lora": None, "args": {}})
         frozen = self.teachers[0].model_copy(
             update=own | {"name": FROZEN_TARGET, "weight": 1.0, "max_context": None}
         )

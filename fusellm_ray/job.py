@@ -13,6 +13,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +23,16 @@ import psutil
 import ray
 import ray.train
 import ray.train.torch
+from ray.exceptions import RayError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fusellm_ray import plan
 from fusellm_ray.config import Config
-from fusellm_ray.errors import CheckpointError, ClusterError, FuseLLMError
+from fusellm_ray.errors import CheckpointError, ClusterError, FuseLLMError, TeacherLostError
 from fusellm_ray.observe.progress import Display, make_display
 from fusellm_ray.observe.records import RecordLog
 from fusellm_ray.stream.client import TeacherAddress
@@ -40,6 +44,8 @@ from fusellm_ray.teachers.service import start_pools, stop_pools, wait_ready
 
 POLL_S = 0.3
 """How often the driver looks for new records."""
+SLOW_START_S = 60.0
+"""Without a rank for so long, the driver says what it waits for."""
 
 LOCAL_RAY_ENVIRONMENT = {
     # The stream lives in memory: without these two, a full object store overflows to disk in silence.
@@ -56,8 +62,6 @@ class Outcome:
     """Optimiser steps that are saved."""
     is_finished: bool
     """False after a requested stop: the same command goes on from here."""
-    records: tuple[dict[str, Any], ...] = ()
-    """Every record of this call, as in the run's metrics.jsonl."""
 
 
 def run_job(
@@ -85,7 +89,7 @@ def run_job(
         display.note(f"{config.run.name}: all {config.training.steps} steps are done ({checkpoints.folder})")
         return Outcome(step=saved["step"], is_finished=True)
     identity = plan.preflight(config)
-    with local_or_running_cluster(config), _Stop() as stop:
+    with _Stop() as stop, local_or_running_cluster(config):
         missing = plan.require_resources(config)
         if missing:
             display.note(
@@ -113,7 +117,13 @@ def run_job(
                 for t in config.active_teachers
             )
             return _fit(config, addresses, identity, checkpoints, display, stop)
+        except KeyboardInterrupt:
+            for pool in own_pools.values():
+                ray.kill(pool)  # its replicas go with it
+            own_pools = {}
+            raise
         finally:
+            stop.is_over = True
             stop_pools(own_pools)
 
 
@@ -143,14 +153,16 @@ def local_or_running_cluster(config: Config) -> Iterator[None]:
             address="local",
             include_dashboard=False,
             log_to_driver=False,
-            object_store_memory=max(4 * config.stream.in_flight_bytes, 256 << 20),
+            object_store_memory=max(4 * config.stream.in_flight_bytes * config.trainer.workers, 256 << 20),
         )
     try:
         yield
     finally:
         processes = [] if address else _ray_processes()
-        ray.shutdown()
-        _end(processes)
+        try:
+            ray.shutdown()
+        finally:
+            _end(processes)
 
 
 def _ray_processes() -> list[psutil.Process]:
@@ -173,11 +185,13 @@ def _end(processes: list[psutil.Process]) -> None:
 
 
 class _Stop:
-    """Turns SIGINT and SIGTERM into a wish once training is under way; before, and the second time, it interrupts."""
+    """Turns SIGINT and SIGTERM into a wish while ranks train; before, and the second time, it interrupts."""
 
     def __init__(self) -> None:
         self.can_wait = False
-        """There is something to save."""
+        """Ranks are up: there is something to save."""
+        self.is_over = False
+        """Everything is being stopped already."""
         self.reason: str | None = None
         self._previous: dict[int, Any] = {}
 
@@ -192,6 +206,8 @@ class _Stop:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _frame: object) -> None:
+        if self.is_over:
+            return
         if self.reason is not None or not self.can_wait:
             raise KeyboardInterrupt
         self.reason = signal.Signals(number).name
@@ -205,9 +221,9 @@ class _RaiseLastingErrors(ray.train.UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         for error in worker_exceptions.values():
-            lasting = find_error(error)
-            if lasting is not None:
-                raise lasting
+            ours = find_error(error)
+            if isinstance(ours, ValueError | TeacherLostError):
+                raise ours
 
 
 def find_error(error: BaseException | None) -> FuseLLMError | None:
@@ -235,7 +251,8 @@ def _fit(
     display: Display,
     stop: _Stop,
 ) -> Outcome:
-    control: Any = ray.remote(RunControl).options(num_cpus=0).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    control: Any = ray.remote(RunControl).options(num_cpus=0, scheduling_strategy=here).remote()
     task = TrainTask(config=config, teachers=addresses, control=control, identity=identity)
     # Workers keep the job's working directory, so that relative paths mean the same everywhere.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
@@ -252,7 +269,11 @@ def _fit(
         run_config=RayRunConfig(
             name=config.run.name,
             storage_path=checkpoints.storage,
-            failure_config=FailureConfig(max_failures=config.trainer.max_failures),
+            # Ray's default for a group that cannot be placed is to try for ever.
+            failure_config=FailureConfig(  # type: ignore[call-arg]  # Ray's annotation is of V1
+                max_failures=config.trainer.max_failures,
+                controller_failure_limit=config.trainer.max_failures,
+            ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.checkpoint.keep),
             callbacks=[_RaiseLastingErrors()],  # type: ignore[list-item]  # Ray's annotation is of V1
         ),
@@ -268,7 +289,8 @@ def _fit(
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     log = RecordLog(checkpoints.folder)
     asked_to_stop = False
-    stop.can_wait = True
+    started = time.monotonic()
+    has_said_so = False
     thread.start()
     with display, log:
         while True:
@@ -278,7 +300,17 @@ def _fit(
                 asked_to_stop = True
                 display.note(f"{stop.reason}: saving a checkpoint, then stopping; once more stops at once")
                 control.request_stop.remote(stop.reason)
-            records, num_dropped = ray.get(control.take.remote())
+            try:
+                records, num_dropped = ray.get(control.take.remote())
+            except RayError as error:
+                raise ClusterError(f"the run's control actor on this node is gone: {error}") from error
+            stop.can_wait = stop.can_wait or bool(records)
+            if not stop.can_wait and not has_said_so and time.monotonic() - started > SLOW_START_S:
+                has_said_so = True
+                display.note(
+                    f"ranks are not up yet ({plan.describe_demand(config)}); giving up after "
+                    f"{_patience_s(config):.0f} s (run.start_timeout_s × (1 + trainer.max_failures))"
+                )
             if num_dropped:
                 display.note(f"{num_dropped} records were dropped before this driver could read them")
             for record in records:
@@ -288,16 +320,19 @@ def _fit(
                 break
     ray.kill(control)
     if failure:
-        raise _explain_failure(failure[0]) from failure[0]
+        raise _explain_failure(failure[0], config) from failure[0]
     state = checkpoints.latest_state()
     if state is None:
         raise CheckpointError(f"{checkpoints.folder}: the run ended without a checkpoint; see Ray's logs")
-    return Outcome(
-        step=state["step"], is_finished=state["step"] >= config.training.steps, records=tuple(log.records)
-    )
+    return Outcome(step=state["step"], is_finished=state["step"] >= config.training.steps)
 
 
-def _explain_failure(error: BaseException) -> FuseLLMError:
+def _explain_failure(error: BaseException, config: Config) -> FuseLLMError:
+    if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
+        return ClusterError(
+            f"the ranks could not be placed within {_patience_s(config):.0f} s: "
+            f"{plan.describe_demand(config)}; free resources, let the cluster grow, or lower trainer.workers"
+        )
     ours = find_error(error)
     if ours is not None:
         return ours
@@ -311,6 +346,11 @@ def _explain_failure(error: BaseException) -> FuseLLMError:
             f"the worker group failed more often than trainer.max_failures allows\n{text or error}"
         )
     return ClusterError(f"training ended with {type(error).__name__}: {error}")
+
+
+def _patience_s(config: Config) -> float:
+    """How long Ray Train tries to place the worker group."""
+    return config.run.start_timeout_s * (1 + config.trainer.max_failures)
 
 
 def _refuse_changes(saved: dict[str, Any], identity: dict[str, Any], allow: bool, folder: str) -> None:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
 from dataclasses import dataclass, field
@@ -13,12 +14,13 @@ from typing import Any
 
 from fusellm_ray.alignment.project import Aligner
 from fusellm_ray.alignment.statistics import Sequences, kind_shares, position_kinds
-from fusellm_ray.config import Config, ModelConfig, SimulatedEngine, TeacherConfig
+from fusellm_ray.config import Config, ModelConfig, SimulatedEngine, TeacherConfig, VllmEngine
 from fusellm_ray.corpus.rows import ShardReader
 from fusellm_ray.corpus.source import Corpus
 from fusellm_ray.corpus.tokens import ByteTokenizer
-from fusellm_ray.errors import ClusterError, ConfigError
+from fusellm_ray.errors import ClusterError, ConfigError, CorpusError
 from fusellm_ray.models import ModelFacts, model_facts
+from fusellm_ray.perplexity import held_out_documents
 
 SAMPLE_ROWS = 8
 """Rows of the corpus on which `check` measures alignment."""
@@ -74,10 +76,25 @@ def preflight(config: Config) -> dict[str, Any]:
             f"corpus.row_tokens={config.corpus.row_tokens} exceeds what target {config.target.model} reads at once "
             f"({target.max_context} tokens); lower it to at most {target.max_context}"
         )
+    if config.target.lora is not None and importlib.util.find_spec("peft") is None:
+        raise ConfigError("target.lora needs PEFT, which is not installed: pip install peft")
     tokenizer = load_tokenizer(config.target, target)
     for i, teacher in enumerate(config.active_teachers):
-        _teacher_tokenizer(i, teacher)
+        _teacher_tokenizer(i, teacher, tokenizer)
+        if isinstance(teacher.engine, VllmEngine) and not _has_vllm():
+            raise ConfigError(
+                f"teachers[{i}] ({teacher.name}): engine.type=vllm, and vllm is not installed; install the gpu or "
+                "cpu extra, or use the transformers engine"
+            )
     corpus = Corpus.open(config.corpus, config.run.seed)
+    if config.evaluation.sources:
+        documents = held_out_documents(config.evaluation.sources, config.evaluation.max_bytes)
+        scored = {d.domain for d in documents if len(tokenizer.sequence(d.text, False).ids) > 1}
+        for source in config.evaluation.sources:
+            if source.name not in scored:
+                raise CorpusError(
+                    f"evaluation source {source.name!r}: holds no document of two tokens to score"
+                )
     return {
         "target": _model_identity(config.target),
         "target_tokenizer": tokenizer.fingerprint,
@@ -110,11 +127,22 @@ def demand(config: Config) -> dict[str, float]:
     for teacher in config.active_teachers:
         asked = teacher.resources
         add({"CPU": asked.num_cpus, "GPU": asked.num_gpus} | asked.custom, teacher.replicas.min)
-    rank = (
-        {"CPU": 1.0} | ({"GPU": 1.0} if config.trainer.use_gpu else {}) | config.trainer.resources_per_worker
-    )
-    add(rank, config.trainer.workers)
+    # As Ray Train counts: a rank asks for its GPU, or else one CPU, unless it is told what to ask for.
+    own = {"GPU": 1.0} if config.trainer.use_gpu else {"CPU": 1.0}
+    told = config.trainer.resources_per_worker
+    add(({"GPU": 1.0} | told if config.trainer.use_gpu else told) if told else own, config.trainer.workers)
     return needs
+
+
+def describe_demand(config: Config) -> str:
+    """What the run asks for at least, and what the cluster has in all and free."""
+    import ray
+
+    have, free = ray.cluster_resources(), ray.available_resources()
+    return ", ".join(
+        f"{name}: asked {amount:g}, there {have.get(name, 0.0):g}, free {free.get(name, 0.0):g}"
+        for name, amount in demand(config).items()
+    )
 
 
 def require_resources(config: Config) -> str | None:
@@ -158,7 +186,7 @@ def make_plan(config: Config, *, with_cluster: bool = True) -> Plan:
     warnings = []
     teachers = []
     for i, teacher in enumerate(config.active_teachers):
-        facts, teacher_tokenizer = _teacher_tokenizer(i, teacher)
+        facts, teacher_tokenizer = _teacher_tokenizer(i, teacher, tokenizer)
         encodings = [teacher_tokenizer.sequence(s.text.decode(), s.ends_document) for s in segments]
         aligner = Aligner(teacher_tokenizer, tokenizer, config.alignment, teacher.top_k)
         shares = kind_shares(
@@ -272,7 +300,7 @@ def _compare_with_cluster(config: Config) -> list[str]:
             missing = require_resources(config)
         finally:
             ray.shutdown()
-        warnings = [] if os.environ.get("RAY_AUTH_MODE") != "disabled" else [_NO_AUTHENTICATION]
+        warnings = [] if os.environ.get("RAY_AUTH_MODE") == "token" else [_NO_AUTHENTICATION]
         if missing:
             wait = config.run.start_timeout_s
             warnings.append(
@@ -298,18 +326,26 @@ def _compare_with_cluster(config: Config) -> list[str]:
 
 
 _NO_AUTHENTICATION = (
-    "RAY_AUTH_MODE=disabled: whoever reaches the cluster's ports can run code on it; set RAY_AUTH_MODE=token"
+    "RAY_AUTH_MODE is not token: if the cluster has no authentication either, whoever reaches its ports can run code "
+    "on it; start it and this job with RAY_AUTH_MODE=token"
 )
 
 
-def _teacher_tokenizer(index: int, teacher: TeacherConfig) -> tuple[ModelFacts | None, ByteTokenizer]:
+def _has_vllm() -> bool:
+    return importlib.util.find_spec("vllm") is not None
+
+
+def _teacher_tokenizer(
+    index: int, teacher: TeacherConfig, target: ByteTokenizer
+) -> tuple[ModelFacts | None, ByteTokenizer]:
     facts = None if isinstance(teacher.engine, SimulatedEngine) else model_facts(teacher)
     tokenizer = load_tokenizer(teacher, facts)
-    if teacher.top_k > tokenizer.vocab_size:
-        raise ConfigError(
-            f"teachers[{index}].top_k={teacher.top_k} exceeds the vocabulary of {teacher.name} "
-            f"({tokenizer.vocab_size}); lower it to at most {tokenizer.vocab_size}"
-        )
+    for name, vocab_size in ((teacher.name, tokenizer.vocab_size), ("the target", target.vocab_size)):
+        if teacher.top_k > vocab_size:
+            raise ConfigError(
+                f"teachers[{index}].top_k={teacher.top_k} exceeds the vocabulary of {name} ({vocab_size}); "
+                f"lower it to at most {vocab_size}"
+            )
     return facts, tokenizer
 
 

@@ -179,6 +179,29 @@ def test_a_damaged_state_file_is_refused(copy, text):
         read_state(copy)
 
 
+def test_a_state_file_that_names_files_outside_its_folder_is_refused(copy):
+    outside = copy.parent / "outside.safetensors"
+    outside.write_bytes(b"1234")
+    state = read_state(copy)
+    for name in ("../outside.safetensors", str(outside)):
+        (copy / STATE_FILE).write_text(json.dumps({**state, "files": {**state["files"], name: 4}}))
+        with pytest.raises(CheckpointError, match="leaves the folder"):
+            read_state(copy)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_shards_of_an_earlier_attempt_at_the_step_do_no_harm(num_ranks, saved, copy, model_folder, tmp_path):
+    first, second = sorted(copy.glob("*.safetensors"))[:2]
+    stale = copy / second.name.replace("shard-00002", "shard-00003")
+    stale.write_bytes(second.read_bytes()[:100])
+    shutil.copy(first, copy / "whole.safetensors")
+    for loaded in run_ranks(num_ranks, load, model_folder, str(copy)):
+        assert loaded == saved[1]
+    out = export_model(copy, TargetConfig(model=model_folder), tmp_path / "out")
+    for name, parameter in AutoModelForCausalLM.from_pretrained(out).named_parameters():
+        assert torch.equal(parameter, torch.tensor(saved[1][name]))
+
+
 def test_a_checkpoint_of_another_model_is_refused_with_what_differs(saved, tmp_path):
     folder = tiny_model("llama", 1200, tmp_path)
     model = HeadedModel(load_causal_lm(ModelConfig(model=str(folder)), dtype=torch.float32))

@@ -19,7 +19,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusellm_ray.config import Config, parse_config
-from fusellm_ray.errors import CheckpointError, ClusterError, ConfigError
+from fusellm_ray.errors import CheckpointError, ClusterError, ConfigError, ModelError
 from fusellm_ray.job import export_run, run_job
 from fusellm_ray.target.storage import Checkpoints
 from fusellm_ray.teachers.service import start_pools, stop_pools
@@ -104,14 +104,16 @@ def test_a_resume_on_one_rank_goes_on_with_the_same_batches(
     first = named(tree, "resumed", training={"steps": 3})
     assert run_job(first, pools=pools).step == 3
     second = named(tree, "resumed", trainer={"workers": 1})
-    outcome = run_job(second, pools=pools)
-    assert outcome.is_finished
-    assert [r["step"] for r in outcome.records if r["event"] == "step"] == [4, 5, 6]
+    assert run_job(second, pools=pools).is_finished
+    lines = (Path(second.run.storage) / "resumed" / "metrics.jsonl").read_text().splitlines()
+    assert [r["step"] for r in map(json.loads, lines) if r["event"] == "step"] == [1, 2, 3, 4, 5, 6]
     assert losses(second) == pytest.approx(losses(undisturbed), rel=1e-6)
 
 
 def test_a_finished_run_is_left_alone(undisturbed: Config):
-    assert run_job(undisturbed).records == ()
+    before = (Path(undisturbed.run.storage) / "undisturbed" / "metrics.jsonl").read_text()
+    assert run_job(undisturbed).is_finished
+    assert (Path(undisturbed.run.storage) / "undisturbed" / "metrics.jsonl").read_text() == before
 
 
 def test_a_resume_refuses_another_corpus_and_says_what_changed(
@@ -121,6 +123,16 @@ def test_a_resume_refuses_another_corpus_and_says_what_changed(
     changed = named(tree, "undisturbed", training={"steps": 8}, corpus={"sources": sources})
     with pytest.raises(CheckpointError, match="corpus: was"):
         run_job(changed, pools=pools)
+
+
+def test_losses_that_are_no_numbers_are_skipped_then_end_the_run_naming_documents(
+    tree: dict[str, Any], pools: dict[str, Any]
+):
+    diverging = {"lr": 1e30, "steps": 6, "max_skipped_steps": 1, "clip_norm": 1e30, "weight_decay": 0}
+    config = named(tree, "diverged", training=diverging)
+    with pytest.raises(ModelError, match=r"not finite, for the 2\. time.*documents: .*jsonl"):
+        run_job(config, pools=pools)
+    assert max(losses(config)) >= 2
 
 
 def test_more_than_this_machine_has_is_refused_at_once(tree: dict[str, Any], ray_session: None):

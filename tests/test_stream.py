@@ -268,7 +268,7 @@ def test_no_more_is_read_ahead_than_credits_allow(costed: Service, models: dict[
 
     for number, _ in enumerate(costed.stream("sim", in_flight_tokens=limit).join(counted())):
         in_flight = sum(tokens[number + 1 : read])
-        assert in_flight <= limit + max(tokens)
+        assert in_flight <= limit + max(tokens)  # the size of a batch is known once it is read
         assert in_flight > 0 or number == len(asked) - 1
     assert read == len(asked)
 

@@ -1,10 +1,14 @@
 """The sharded target's gradients, norms and steps are those of the plain model, on one rank and on two."""
 
+import gc
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import cross_entropy, linear
 
 from fusellm_ray.config import LoraConfig, ModelConfig, ObjectiveConfig, TargetConfig, TrainingConfig
@@ -164,6 +168,48 @@ def parameter_types(mesh, folder):
 def test_parameters_are_sharded_after_a_build_and_after_inference(tmp_path):
     for kinds in run_ranks(2, parameter_types, str(tiny_model("llama", 97, tmp_path))):
         assert kinds == [{DTensor}, {DTensor}]
+
+
+def whole_parameters_during_build(mesh, folder, options):
+    """At each fully_shard, and at the end: how many parameters seen whole are alive, and whose they are."""
+    seen, history = [], []
+
+    def record(module, **kwargs):
+        own = [p for p in module.parameters() if not isinstance(p, DTensor)]
+        seen.extend(StorageWeakRef(p.untyped_storage()) for p in own)
+        history.append((sum(not storage.expired() for storage in seen), len(own)))
+        del own
+        return fully_shard(module, **kwargs)
+
+    gc.disable()  # reference counts alone must do
+    with patch("fusellm_ray.target.model.fully_shard", record):
+        model = build_target(TargetConfig(model=folder, **options), mesh)
+    gc.enable()
+    history.append((sum(not storage.expired() for storage in seen), 0))
+    causal_lm = model.causal_lm
+    is_tied = causal_lm.get_input_embeddings().weight is causal_lm.get_output_embeddings().weight
+    return history, is_tied
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("llama", {"activation_checkpointing": True}),
+        ("llama_tied", {}),
+        ("gemma3", {}),
+        ("llama", {"lora": {"rank": 4}}),
+    ],
+)
+def test_a_build_holds_one_block_whole_at_a_time_and_keeps_ties(num_ranks, architecture, options, tmp_path):
+    if "lora" in options:
+        pytest.importorskip("peft")
+    folder = str(tiny_model(architecture, 97, tmp_path))
+    for history, is_tied in run_ranks(num_ranks, whole_parameters_during_build, folder, options):
+        assert len(history) == 2 + 1 + 1  # blocks, the rest, after the build
+        assert [alive for alive, _ in history] == [own for _, own in history]
+        assert all(own for _, own in history[:-1])
+        assert is_tied == (architecture != "llama")
 
 
 @pytest.mark.slow

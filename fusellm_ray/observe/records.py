@@ -13,7 +13,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class RecordLog:
-    """Appends records to metrics.jsonl in the run's folder, and keeps those of this session.
+    """Appends records to metrics.jsonl in the run's folder.
 
     Args:
         folder: the run's folder. For an object store (a URI) the lines go to ./NAME.metrics.jsonl beside the
@@ -23,7 +23,6 @@ class RecordLog:
     def __init__(self, folder: str) -> None:
         name = folder.rstrip("/").rsplit("/", 1)[-1]
         self.path = Path(f"{name}.{METRICS_FILE}") if "://" in folder else Path(folder) / METRICS_FILE
-        self.records: list[dict[str, Any]] = []
         self._file: TextIO | None = None
 
     def __enter__(self) -> RecordLog:
@@ -38,6 +37,5 @@ class RecordLog:
     def write(self, record: dict[str, Any]) -> None:
         """Append one line, readable by others at once."""
         assert self._file is not None, "used as a context manager"
-        self.records.append(record)
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()

@@ -58,7 +58,7 @@ def run_quickstart(
     zoo = _build(cache, console)
     clock.lap("zoo")
     config = quickstart_config(cache, seed=seed, steps=steps)
-    runs = {arm: _arm(config, arm) for arm in ARMS}
+    runs = {arm: _arm(config, arm, zoo) for arm in ARMS}
     _forget_finished(runs)
     console.print(f"training: {config.training.steps} steps an arm, seed {seed}")
     with local_or_running_cluster(config):
@@ -104,9 +104,11 @@ def _shipped(name: str) -> Path:
     raise ConfigError(f"configs/{name} is not where this package was installed ({package}); install it again")
 
 
-def _arm(config: Config, arm: str) -> Config:
+def _arm(config: Config, arm: str, zoo: Zoo) -> Config:
+    """One arm's run; its name holds all that makes it another study."""
     tree = config.model_dump(mode="json")
-    tree["run"]["name"] = f"{config.run.name}-{arm}-seed{config.run.seed}"
+    name = f"{config.run.name}-{arm}-{zoo.folder.resolve().name[:8]}-{config.training.steps}-seed{config.run.seed}"
+    tree["run"]["name"] = name
     tree["evaluation"]["sources"] = []  # what is evaluated is the exported model, beside all others
     if arm == "clm":
         tree["fusion"]["rule"] = "none"

@@ -84,7 +84,6 @@ class _Teacher:
         self.load: dict[int, int] = {}
         self.unsent: deque[_Request] = deque()
         self.in_flight: dict[int, _Request] = {}
-        self.tokens = 0
         self.table_ref: Any = None
         self.table_at = 0.0  # when the table may be asked for again, if there is need
         self.refresh_at = 0.0  # when it is asked for without need: replicas may have come or gone
@@ -114,6 +113,7 @@ class TeacherStream:
         self._attempt_s = config.deadline_s / 4
         self._turn = os.getpid()  # ranks begin at different replicas
         self._away_s = 0.0
+        self._is_cancelled = False
         self._next_number = 0
         self._awaited: dict[Any, tuple[_Teacher, _Request | None]] = {}
         self._wait_s = 0.0
@@ -122,6 +122,10 @@ class TeacherStream:
     def wait_s(self) -> float:
         """Time spent doing nothing but waiting for teachers."""
         return self._wait_s
+
+    def cancel(self) -> None:
+        """From another thread: let `join` end instead of waiting for what is in flight."""
+        self._is_cancelled = True
 
     def stats(self) -> dict[str, Traffic]:
         """Traffic by teacher, since the stream was made."""
@@ -148,6 +152,8 @@ class TeacherStream:
                     return
                 head = window[0]
                 while any(parts is None for parts in head.parts):
+                    if self._is_cancelled:
+                        return
                     self._receive(window)
                 window.popleft()
                 # Fill up before the caller goes away to train, so that teachers stay busy meanwhile.
@@ -179,8 +185,9 @@ class TeacherStream:
             return True
         # The next batch's size is unknown before it is read; the last one's stands for it.
         tokens, num_bytes = window[-1].tokens, window[-1].num_bytes
-        return all(t.tokens + tokens <= self._config.in_flight_tokens for t in self._teachers) and (
-            sum(b.num_bytes for b in window) + num_bytes <= self._config.in_flight_bytes
+        return (
+            sum(b.tokens for b in window) + tokens <= self._config.in_flight_tokens
+            and sum(b.num_bytes for b in window) + num_bytes <= self._config.in_flight_bytes
         )
 
     def _submit(self, segments: list[Segment]) -> _Batch:
@@ -193,7 +200,6 @@ class TeacherStream:
         message = ray.put(request) if self._teachers else None
         for teacher in self._teachers:
             num_bytes += answer_bytes(positions, teacher.address.top_k, self._vocab_size)
-            teacher.tokens += tokens
             if not teacher.in_flight:
                 teacher.progress_at = self._now()
             asked = _Request(number, message, num_positions, tokens)
@@ -283,7 +289,6 @@ class TeacherStream:
             del self._awaited[late]
             teacher.load[other] -= request.tokens
         del teacher.in_flight[request.batch]
-        teacher.tokens -= request.tokens
         teacher.progress_at = self._now()
         teacher.backoff_s = 0.0
         teacher.traffic.answers += 1
@@ -379,7 +384,6 @@ class TeacherStream:
             teacher.unsent.clear()
             teacher.in_flight.clear()
             teacher.load.clear()
-            teacher.tokens = 0
             teacher.table_ref = None
 
 

@@ -138,6 +138,8 @@ class RankBatches:
     def close(self) -> None:
         """Stop reading ahead; what is in flight is dropped."""
         self._closed.set()
+        if self._stream is not None:
+            self._stream.cancel()
         while self._thread.is_alive():
             while not self._ready.empty():
                 self._ready.get_nowait()

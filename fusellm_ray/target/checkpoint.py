@@ -6,8 +6,11 @@
 
 Each rank may write into a folder of its own: file names of different ranks differ, and the union is the
 checkpoint. state.json is written when all the rest is, and names it: a folder without it, or without a file
-it names, is refused. Only trained parameters are saved; frozen ones come from the model that the config
-names. Nothing is pickled.
+it names, is refused, and a file it does not name is not read (another attempt at the step left it). Only
+trained parameters are saved; frozen ones come from the model that the config names.
+
+Nothing pickled is ever written to storage or read from it. While ranks of one job save or load, DCP plans by
+exchanging pickled Python objects between them.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,6 +35,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from fusellm_ray.config import TargetConfig
 from fusellm_ray.errors import CheckpointError
 from fusellm_ray.models import HeadedModel, load_causal_lm, load_hf_tokenizer
+from fusellm_ray.target.collectives import gather_json
 from fusellm_ray.target.model import add_adapters, trainable_parameters
 
 STATE_FILE = "state.json"
@@ -68,8 +73,7 @@ def write_checkpoint(
             )
         files = {path.name: path.stat().st_size for path in directory.glob("*.safetensors")}
         if dist.is_initialized():
-            parts: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
-            dist.all_gather_object(parts, files)
+            parts = gather_json(files, next(model.parameters()).device)
             files = {name: size for part in parts for name, size in part.items()}
         if not dist.is_initialized() or dist.get_rank() == 0:
             _write_state(directory, {**state, "format": FORMAT, "files": dict(sorted(files.items()))})
@@ -115,6 +119,8 @@ def read_state(directory: str | Path) -> dict[str, Any]:
         )
     for name, size in state["files"].items():
         file = Path(directory) / name
+        if file.name != name:
+            raise CheckpointError(f"{path}: file name {name!r} leaves the folder; use an earlier checkpoint")
         seen = file.stat().st_size if file.is_file() else None
         if seen != size:
             is_like = "is missing" if seen is None else f"has {seen} bytes instead of {size}"
@@ -128,25 +134,35 @@ def load_checkpoint(directory: str | Path, model: HeadedModel, optimizer: torch.
     Raises:
         CheckpointError: incomplete or damaged, or its tensors are not those of this model.
     """
-    read_state(directory)
     causal_lm = model.causal_lm
     tensors = _model_tensors(causal_lm)
-    shapes = _saved_shapes(directory)
-    _require_same_model(directory, shapes, tensors)
     parameters = trainable_parameters(causal_lm)
-    for key, shape in shapes.items():
-        kind, _, rest = key.partition(".")
-        if kind == "optimizer":
-            entry, _, name = rest.partition(".")
-            parameter = parameters[name]
-            # AdamW keeps its state on the parameter's device, its step count as a scalar.
-            optimizer.state[parameter][entry] = (
-                torch.zeros_like(parameter)
-                if shape == parameter.shape
-                else torch.zeros(shape, dtype=torch.float32, device=parameter.device)
-            )
-    tensors |= _optimizer_tensors(causal_lm, optimizer)
-    _read_tensors(directory, tensors)
+    with _named_files(directory) as files:
+        shapes = _saved_shapes(files)
+        _require_same_model(directory, shapes, tensors)
+        for key, shape in shapes.items():
+            kind, _, rest = key.partition(".")
+            if kind == "optimizer":
+                entry, _, name = rest.partition(".")
+                parameter = parameters[name]
+                # AdamW keeps its state on the parameter's device, its step count as a scalar.
+                optimizer.state[parameter][entry] = (
+                    torch.zeros_like(parameter)
+                    if shape == parameter.shape
+                    else torch.zeros(shape, dtype=torch.float32, device=parameter.device)
+                )
+        tensors |= _optimizer_tensors(causal_lm, optimizer)
+        _read_tensors(directory, files, tensors)
+
+
+@contextlib.contextmanager
+def _named_files(directory: str | Path) -> Iterator[str]:
+    """A temporary folder with links to the files that state.json names, for DCP, which reads all it finds."""
+    state = read_state(directory)
+    with tempfile.TemporaryDirectory(prefix="fusellm_ray_") as links:
+        for name in state["files"]:
+            (Path(links) / name).symlink_to((Path(directory) / name).resolve())
+        yield links
 
 
 def explain_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -189,13 +205,14 @@ def export_model(directory: str | Path, target: TargetConfig, out: str | Path) -
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not an empty folder; choose another one or remove it")
-    read_state(directory)
+    read_state(directory)  # before anything large is loaded
     tokenizer = load_hf_tokenizer(target)
     causal_lm = load_causal_lm(target, dtype=torch.float32)
     adapted: Any = add_adapters(causal_lm, target.lora) if target.lora else None
     tensors = _model_tensors(causal_lm)
-    _require_same_model(directory, _saved_shapes(directory), tensors)
-    _read_tensors(directory, tensors)
+    with _named_files(directory) as files:
+        _require_same_model(directory, _saved_shapes(files), tensors)
+        _read_tensors(directory, files, tensors)
     merged = adapted.merge_and_unload() if adapted else causal_lm
     merged.to(getattr(torch, target.dtype))
     _repair_generation_config(merged)
@@ -247,8 +264,8 @@ def _file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return numbers
 
 
-def _saved_shapes(directory: str | Path) -> dict[str, torch.Size]:
-    metadata = HuggingFaceStorageReader(str(directory)).read_metadata()
+def _saved_shapes(files: str) -> dict[str, torch.Size]:
+    metadata = HuggingFaceStorageReader(files).read_metadata()
     return {name: entry.size for name, entry in metadata.state_dict_metadata.items()}  # type: ignore[union-attr]
 
 
@@ -266,12 +283,12 @@ def _require_same_model(
         )
 
 
-def _read_tensors(directory: str | Path, tensors: dict[str, Tensor]) -> None:
+def _read_tensors(directory: str | Path, files: str, tensors: dict[str, Tensor]) -> None:
     try:
         with _quiet():
             dcp.load(
                 tensors,
-                storage_reader=HuggingFaceStorageReader(str(directory)),
+                storage_reader=HuggingFaceStorageReader(files),
                 no_dist=not dist.is_initialized(),
             )
     except dcp.api.CheckpointException as error:

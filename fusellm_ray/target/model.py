@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -93,15 +94,15 @@ def _shard(model: HeadedModel, config: TargetConfig, mesh: DeviceMesh) -> None:
         param_dtype=torch.bfloat16 if config.dtype == "bfloat16" else None, reduce_dtype=torch.float32
     )
     blocks = transformer_blocks(model.causal_lm)
-    moved: dict[Tensor, Tensor] = {}
+    shared: dict[Tensor, Tensor | None] = dict.fromkeys(_shared_tensors(model))
     for block in blocks:
-        _materialise(block.modules(), mesh, moved)
+        _materialise(block.modules(), mesh, shared)
         if config.activation_checkpointing:
             # In place of `forward`, inside FSDP's hooks, so that the names of parameters do not change.
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         fully_shard(block, mesh=mesh, mp_policy=precision)
     in_blocks = {module for block in blocks for module in block.modules()}
-    _materialise((module for module in model.modules() if module not in in_blocks), mesh, moved)
+    _materialise((module for module in model.modules() if module not in in_blocks), mesh, shared)
     fully_shard(model, mesh=mesh, mp_policy=precision)
     model.register_forward_hook(_reshard_after_inference)
     for module in model.modules():
@@ -129,21 +130,36 @@ def transformer_blocks(causal_lm: PreTrainedModel) -> list[nn.Module]:
     )
 
 
-def _materialise(modules: Iterable[nn.Module], mesh: DeviceMesh, moved: dict[Tensor, Tensor]) -> None:
-    """Give the modules' own tensors rank 0's values, on the mesh's device.
-
-    Args:
-        moved: old tensor → new one; a tensor that several modules share (tied embeddings) stays shared.
-    """
+def _slots(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Where the modules' own parameters and buffers are held: (dict, key, tensor)."""
     for module in modules:
         tensors: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for own in tensors:
-            for name, old in own.items():
-                if old is None:
-                    continue
-                if old not in moved:
-                    moved[old] = _from_rank_0(old, mesh)
-                own[name] = moved[old]
+            for name, tensor in own.items():
+                if tensor is not None:
+                    yield own, name, tensor
+
+
+def _shared_tensors(model: nn.Module) -> list[Tensor]:
+    """Tensors in more than one place, such as tied embeddings."""
+    counts = Counter(tensor for _, _, tensor in _slots(model.modules()))
+    return [tensor for tensor, count in counts.items() if count > 1]
+
+
+def _materialise(modules: Iterable[nn.Module], mesh: DeviceMesh, shared: dict[Tensor, Tensor | None]) -> None:
+    """Give the modules' own tensors rank 0's values, on the mesh's device.
+
+    Args:
+        shared: tensor in more than one place → what all of them get, None before the first. Of the others
+            nothing is kept: FSDP frees a block's whole parameters when nobody else refers to them.
+    """
+    for own, name, old in _slots(modules):
+        new = shared.get(old)
+        if new is None:
+            new = _from_rank_0(old, mesh)
+            if old in shared:
+                shared[old] = new
+        own[name] = new
 
 
 def _from_rank_0(old: Tensor, mesh: DeviceMesh) -> Tensor:

@@ -95,7 +95,6 @@ class StepStatistics:
         """The figures of the step; a figure without anything to measure is left out."""
         sums: dict[str, Any] = {name: values.tolist() for name, values in self._sums.items()}
         figures: dict[str, float] = {
-            "loss": sums["loss"],
             "loss/clm": _ratio(sums["clm"], sums["tokens"]),
             "loss/fusion": _ratio(sums["fusion"], sums["fused"]),
             "loss/bits_per_byte": _ratio(sums["clm"] / math.log(2), sums["bytes"]),
@@ -118,7 +117,9 @@ class StepStatistics:
                 figures[f"{at}/advantage/{domain}"] = _ratio(
                     sums["ahead_nats"][k][d], sums["ahead_bytes"][k][d]
                 )
-        return {name: value for name, value in figures.items() if not math.isnan(value)}
+        # The loss stays even if it is NaN: that is what the step looks at.
+        measured = {name: value for name, value in figures.items() if not math.isnan(value)}
+        return {"loss": sums["loss"]} | measured
 
     def _count(self, name: str, value: Tensor | float) -> None:
         self._sums[name] += value.double().cpu() if isinstance(value, Tensor) else value

@@ -18,7 +18,7 @@ import pyarrow.fs
 from fusellm_ray.errors import CheckpointError
 from fusellm_ray.target.checkpoint import STATE_FILE
 
-STEP_FOLDER = re.compile(r"step_(\d{8,})$")
+STEP_FOLDER = re.compile(r"step_(\d{8,})")
 
 
 def step_folder(step: int) -> str:
@@ -46,30 +46,20 @@ class Checkpoints:
         self.folder = f"{self.storage.rstrip('/')}/{name}"
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending: those whose state.json, written last, is there."""
-        entries = self._filesystem.get_file_info(pyarrow.fs.FileSelector(self._root, allow_not_found=True))
-        folders = {
-            int(match[1]): entry.path for entry in entries if (match := STEP_FOLDER.search(entry.path))
-        }
-        complete = self._filesystem.get_file_info([f"{path}/{STATE_FILE}" for path in folders.values()])
-        is_file = pyarrow.fs.FileType.File
-        return sorted(step for step, info in zip(folders, complete, strict=True) if info.type == is_file)
+        """Steps of the complete checkpoints, ascending: those with every file that their state.json names."""
+        return [step for step in self._folders() if self._complete_state(step) is not None]
 
     def latest_state(self) -> dict[str, Any] | None:
-        """state.json of the latest checkpoint; None where there is no checkpoint."""
-        steps = self.steps()
-        if not steps:
-            return None
-        path = f"{self._root}/{step_folder(steps[-1])}/{STATE_FILE}"
-        with self._filesystem.open_input_stream(path) as stream:
-            return json.loads(stream.read())
+        """state.json of the latest complete checkpoint; None where there is none."""
+        states = (self._complete_state(step) for step in reversed(self._folders()))
+        return next((state for state in states if state is not None), None)
 
     @contextlib.contextmanager
     def local_copy(self, step: int | None = None) -> Iterator[Path]:
-        """A checkpoint as a local folder: itself on a local disk, a temporary copy from an object store.
+        """A complete checkpoint as a local folder: itself on a local disk, else a temporary copy.
 
         Raises:
-            CheckpointError: there is no checkpoint, or none of that step.
+            CheckpointError: there is no complete checkpoint, or none of that step.
         """
         steps = self.steps()
         if not steps or (step is not None and step not in steps):
@@ -82,3 +72,29 @@ class Checkpoints:
         with tempfile.TemporaryDirectory() as directory:
             pyarrow.fs.copy_files(path, directory, source_filesystem=self._filesystem)
             yield Path(directory)
+
+    def _folders(self) -> list[int]:
+        """Steps that have a folder, ascending."""
+        entries = self._filesystem.get_file_info(pyarrow.fs.FileSelector(self._root, allow_not_found=True))
+        matches = (STEP_FOLDER.fullmatch(entry.base_name) for entry in entries)
+        return sorted(int(match[1]) for match in matches if match)
+
+    def _complete_state(self, step: int) -> dict[str, Any] | None:
+        """state.json of the step, None unless it is there and so is, in its size, every file it names.
+
+        Ray copies the ranks' files side by side, in any order: state.json may be there before the others are.
+        """
+        folder = f"{self._root}/{step_folder(step)}"
+        entries = self._filesystem.get_file_info(pyarrow.fs.FileSelector(folder, allow_not_found=True))
+        sizes = {entry.base_name: entry.size for entry in entries if entry.is_file}
+        if STATE_FILE not in sizes:
+            return None
+        try:
+            with self._filesystem.open_input_stream(f"{folder}/{STATE_FILE}") as stream:
+                state = json.loads(stream.read())
+        except (OSError, ValueError):  # gone since, or half of it has been copied
+            return None
+        files = state.get("files") if isinstance(state, dict) else None
+        if not isinstance(files, dict) or any(sizes.get(name) != size for name, size in files.items()):
+            return None
+        return state

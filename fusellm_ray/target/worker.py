@@ -119,14 +119,14 @@ def train_loop(spec: dict[str, Any]) -> None:
             answer = rank.record("step", step=progress.step, steps=config.training.steps, **figures)
 
             is_last = progress.step == config.training.steps or stop_reason is not None
+            if is_last or progress.step - saved_step >= config.checkpoint.every_steps:
+                _save(rank, progress)
+                saved_step = progress.step
             every = config.evaluation.every_steps
             if rank.held_out and (
                 progress.step == config.training.steps or (every and progress.step % every == 0)
             ):
                 _evaluate(rank, progress)
-            if is_last or progress.step - saved_step >= config.checkpoint.every_steps:
-                _save(rank, progress)
-                saved_step = progress.step
     finally:
         batches.close()
     end = rank.record("end", step=progress.step, reason=stop_reason or "finished")
@@ -220,7 +220,7 @@ def _step(
         if progress.skipped > training.max_skipped_steps:
             raise ModelError(
                 f"step {progress.step + 1}: loss {figures['loss']} and gradient norm {grad_norm} are not finite, "
-                f"for the {progress.skipped}th time (training.max_skipped_steps={training.max_skipped_steps}); "
+                f"for the {progress.skipped}. time (training.max_skipped_steps={training.max_skipped_steps}); "
                 f"this rank's documents: {', '.join(batch.documents[:8])}; lower training.lr or look at them"
             )
     rank.optimizer.zero_grad(set_to_none=True)

@@ -40,7 +40,12 @@ class TransformersScorer:
         self._name = teacher.name
         self._max_batch_tokens = teacher.engine.max_batch_tokens
         torch.set_num_threads(teacher.engine.threads)
-        use_gpu = teacher.resources.num_gpus > 0 and torch.cuda.is_available()
+        use_gpu = teacher.resources.num_gpus > 0
+        if use_gpu and not torch.cuda.is_available():
+            raise EngineError(
+                f"teacher {teacher.name}: resources.num_gpus={teacher.resources.num_gpus:g}, and this process sees no "
+                "CUDA device; set it to 0 to run on the CPU, or install a torch with CUDA"
+            )
         self._device = torch.device("cuda" if use_gpu else "cpu")
         facts = model_facts(teacher)
         self._model = load_causal_lm(teacher, dtype=getattr(torch, teacher.engine.dtype))

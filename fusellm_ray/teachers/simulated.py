@@ -63,6 +63,8 @@ class SimulatedScorer:
 
     async def _spend(self, tokens: int) -> None:
         """Wait as a device would that serves one request after the other."""
+        if self._cost.tokens_per_s is None:
+            return
         duration = tokens / self._cost.tokens_per_s
         if self._cost.jitter:
             duration *= max(0.0, self._rng.normal(1.0, self._cost.jitter))

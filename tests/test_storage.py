@@ -1,0 +1,89 @@
+"""Only a checkpoint all of whose files have arrived counts, whatever order they arrive in."""
+
+import json
+
+import pytest
+
+from fusellm_ray.errors import CheckpointError
+from fusellm_ray.target.checkpoint import STATE_FILE
+from fusellm_ray.target.storage import Checkpoints, step_folder
+
+FILES = {"shard-00001-of-00002.safetensors": b"one", "shard-00002-of-00002.safetensors": b"three"}
+
+
+def write(root, step, files=FILES):
+    """A finished checkpoint, in everything but the tensors."""
+    folder = root / "run" / step_folder(step)
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    sizes = {name: len(content) for name, content in files.items()}
+    (folder / STATE_FILE).write_text(json.dumps({"step": step, "files": sizes}))
+    return folder
+
+
+def steps_and_latest(root):
+    checkpoints = Checkpoints(str(root), "run")
+    state = checkpoints.latest_state()
+    return checkpoints.steps(), state and state["step"]
+
+
+def test_a_run_that_saved_nothing_has_no_checkpoint(tmp_path):
+    assert steps_and_latest(tmp_path) == ([], None)
+    with (
+        pytest.raises(CheckpointError, match="no a checkpoint|no checkpoint"),
+        Checkpoints(str(tmp_path), "run").local_copy(),
+    ):
+        pass
+
+
+def test_complete_checkpoints_are_listed_by_step(tmp_path):
+    for step in (300, 100_000_000, 20):
+        write(tmp_path, step)
+    (tmp_path / "run" / "old_step_00000007").mkdir()
+    (tmp_path / "run" / "checkpoint_manager_snapshot.json").write_text("{}")
+    assert steps_and_latest(tmp_path) == ([20, 300, 100_000_000], 100_000_000)
+    with Checkpoints(f"file://{tmp_path}", "run").local_copy() as folder:
+        assert folder == tmp_path / "run" / "step_100000000"
+
+
+@pytest.mark.parametrize("first", [[STATE_FILE], [*FILES], [STATE_FILE, next(iter(FILES))]])
+def test_a_checkpoint_counts_once_its_last_file_has_arrived(first, tmp_path):
+    write(tmp_path, 1)
+    folder = write(tmp_path, 2)
+    waiting = {path: path.read_bytes() for path in folder.iterdir() if path.name not in first}
+    for path in waiting:
+        path.unlink()
+    for path, content in waiting.items():
+        for arrived in (content[: len(content) // 2], content):
+            assert steps_and_latest(tmp_path) == ([1], 1)
+            path.write_bytes(arrived)
+    assert steps_and_latest(tmp_path) == ([1, 2], 2)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"files": 3}', b"\xff"])
+def test_a_checkpoint_with_a_damaged_state_file_does_not_count(text, tmp_path):
+    write(tmp_path, 1)
+    path = write(tmp_path, 2) / STATE_FILE
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert steps_and_latest(tmp_path) == ([1], 1)
+
+
+def test_files_that_the_state_does_not_name_change_nothing(tmp_path):
+    folder = write(tmp_path, 1)
+    (folder / "shard-00003-of-00003.safetensors").write_bytes(b"left by more ranks")
+    assert steps_and_latest(tmp_path) == ([1], 1)
+
+
+def test_an_incomplete_checkpoint_is_not_handed_out(tmp_path):
+    write(tmp_path, 1)
+    folder = write(tmp_path, 2)
+    (folder / next(iter(FILES))).unlink()
+    checkpoints = Checkpoints(str(tmp_path), "run")
+    with checkpoints.local_copy() as latest:
+        assert latest.name == step_folder(1)
+    with (
+        pytest.raises(CheckpointError, match=r"no step 2; complete checkpoints: \[1\]"),
+        checkpoints.local_copy(2),
+    ):
+        pass
