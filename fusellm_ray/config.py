@@ -188,11 +188,12 @@ class SourceConfig(Frozen):
         if (self.path is None) == (self.dataset is None):
             raise ValueError(f"source {self.name!r}: give exactly one of path and dataset")
         ignored = {"subset", "split", "revision"} if self.path is not None else {"format"}
-        ignored &= self.model_fields_set
-        if ignored:
+        fields = type(self).model_fields
+        told = [name for name in sorted(ignored) if getattr(self, name) != fields[name].default]
+        if told:
             origin = "path" if self.path is not None else "dataset"
             raise ValueError(
-                f"source {self.name!r}: {', '.join(sorted(ignored))} mean nothing for a {origin}"
+                f"source {self.name!r}: {', '.join(told)} mean nothing for a {origin}; leave them out"
             )
         return self
 

@@ -100,6 +100,17 @@ def test_a_source_has_exactly_one_origin():
     assert "exactly one of path and dataset" in refused(tree)
 
 
+def test_what_a_source_would_ignore_is_refused():
+    tree = minimal()
+    tree["corpus"]["sources"] = [{"name": "x", "path": "a", "subset": "b"}]
+    assert "subset mean nothing for a path" in refused(tree)
+
+
+def test_a_configuration_survives_its_own_dump():
+    config = parse_config(minimal())
+    assert parse_config(config.model_dump(mode="json")) == config
+
+
 def test_fusion_without_teachers_is_refused_and_the_baseline_is_not():
     tree = minimal() | {"teachers": []}
     assert "needs teachers" in refused(tree)

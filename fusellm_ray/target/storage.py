@@ -63,7 +63,7 @@ class Checkpoints:
         """
         steps = self.steps()
         if not steps or (step is not None and step not in steps):
-            wanted = "a checkpoint" if step is None else f"step {step}"
+            wanted = "checkpoint" if step is None else f"step {step}"
             raise CheckpointError(f"{self.folder}: no {wanted}; complete checkpoints: {steps or 'none'}")
         path = f"{self._root}/{step_folder(steps[-1] if step is None else step)}"
         if isinstance(self._filesystem, pyarrow.fs.LocalFileSystem):
