@@ -76,7 +76,7 @@ def show_alignment(
         settings.model, vocab_size=None if engine is None else engine.vocab_size
     )
     aligner = Aligner(teacher_tokenizer, ByteTokenizer.load(target), config, top_k)
-    sequences = [_sequences(aligner, piece, is_last=piece is pieces[-1]) for piece in pieces]
+    sequences = [sequences_of(aligner, piece, is_last=piece is pieces[-1]) for piece in pieces]
     kinds = [position_kinds(aligner, s) for s in sequences]
     shares = kind_shares(kinds)
     figures: dict[str, Any] = {
@@ -148,7 +148,8 @@ def _pieces(file: Path, max_bytes: int) -> list[str]:
     return [text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS)]
 
 
-def _sequences(aligner: Aligner, piece: str, *, is_last: bool) -> Sequences:
+def sequences_of(aligner: Aligner, piece: str, *, is_last: bool) -> Sequences:
+    """A text in both models' tokens; `is_last`: it ends its document."""
     target, teacher = (
         tokenizer.sequence(piece, is_last)  # type: ignore[attr-defined]
         for tokenizer in (aligner.target, aligner.teacher)

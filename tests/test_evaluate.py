@@ -1,0 +1,100 @@
+"""`fusellm-ray evaluate` and `fusellm-ray align` on small real models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fusellm_ray.alignment.project import Aligner
+from fusellm_ray.config import AlignmentConfig
+from fusellm_ray.corpus.tokens import ByteTokenizer
+from fusellm_ray.errors import ConfigError, CorpusError
+from fusellm_ray.evaluate.alignment import picture, sequences_of, show_alignment
+from fusellm_ray.evaluate.table import evaluate_models
+from tests.runs import model_folder
+
+TEXT = "def area(width, height):\n\treturn width * height  # café, 今天 😀\n\nThe strength of the naïve method.\n"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, tokenizer_folders: dict[str, Path]) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "a": model_folder("llama_tied", tokenizer_folders["llama"], folder / "a", seed=1),
+        "b": model_folder("gpt_neox", tokenizer_folders["unigram"], folder / "b", seed=2),
+    }
+
+
+def test_the_table_has_every_model_and_corpus_and_their_mean(models: dict[str, Path], tmp_path: Path):
+    (tmp_path / "x.txt").write_text(TEXT * 5)
+    (tmp_path / "y.jsonl").write_text(json.dumps({"body": TEXT}) + "\n")
+    scores = evaluate_models(
+        [str(path) for path in models.values()],
+        [f"x={tmp_path / 'x.txt'}", f"y={tmp_path / 'y.jsonl'}"],
+        field="body",
+        context=64,
+        json_path=tmp_path / "out.json",
+    )
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert list(written) == list(scores) == [str(path) for path in models.values()]
+    for model, report in written.items():
+        by_domain = {domain: score.bits_per_byte for domain, score in scores[model].items()}
+        assert report["domains"].keys() == {"x", "y"}
+        assert report["mean"] == pytest.approx(sum(by_domain.values()) / 2)
+        assert 0 < by_domain["x"] < 20
+
+
+def test_corpora_must_be_named_and_named_once(models: dict[str, Path], tmp_path: Path):
+    (tmp_path / "x.txt").write_text(TEXT)
+    with pytest.raises(ConfigError, match="expected NAME=PATH"):
+        evaluate_models([str(models["a"])], [str(tmp_path / "x.txt")])
+    with pytest.raises(ConfigError, match="two corpora are named 'x'"):
+        evaluate_models([str(models["a"])], [f"x={tmp_path / 'x.txt'}"] * 2)
+
+
+def test_align_measures_with_the_model_and_writes_what_it_prints(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "text.txt").write_text(TEXT)
+    figures = show_alignment(
+        str(models["a"]),
+        str(models["b"]),
+        tmp_path / "text.txt",
+        config=AlignmentConfig(),
+        with_model=True,
+        json_path=tmp_path / "out.json",
+    )
+    assert json.loads((tmp_path / "out.json").read_text()) == figures
+    assert figures["fidelity"] == pytest.approx(1, abs=0.01)
+    assert figures["coverage"] > 0.95
+    assert sum(figures["shares"].values()) == pytest.approx(1)
+    assert sum(figures["vocabulary_mass"].values()) == pytest.approx(1)
+    assert f"{figures['coverage']:.4f}" in capsys.readouterr().out
+
+
+def test_the_picture_shows_the_same_characters_twice_and_bars_where_tokens_end(models: dict[str, Path]):
+    target, teacher = (ByteTokenizer.load(str(path)) for path in models.values())
+    aligner = Aligner(teacher, target, AlignmentConfig(), top_k=4)
+    upper, lower = picture(
+        aligner, sequences_of(aligner, "The strength", is_last=True), 100, 200
+    ).plain.split("\n")
+    assert len(upper) == len(lower)
+    columns = [pair for pair in zip(upper, lower, strict=True) if "│" not in pair]
+    assert "".join(a for a, _ in columns) == "".join(b for _, b in columns) == "The strength"
+    for line, tokenizer in ((upper, target), (lower, teacher)):
+        assert line.count("│") == len(set(tokenizer.encode("The strength").ends.tolist()))
+
+
+@pytest.mark.parametrize(("content", "says"), [(b"", "is empty"), (b"ab\xff", "byte 2 is not UTF-8")])
+def test_align_refuses_what_is_no_text(models: dict[str, Path], tmp_path: Path, content: bytes, says: str):
+    (tmp_path / "bad.txt").write_bytes(content)
+    with pytest.raises(CorpusError, match=says):
+        show_alignment(
+            str(models["a"]),
+            str(models["b"]),
+            tmp_path / "bad.txt",
+            config=AlignmentConfig(),
+            with_model=False,
+        )
