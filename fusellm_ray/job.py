@@ -89,7 +89,8 @@ def run_job(
         display.note(f"{config.run.name}: all {config.training.steps} steps are done ({checkpoints.folder})")
         return Outcome(step=saved["step"], is_finished=True)
     identity = plan.preflight(config)
-    with _Stop() as stop, local_or_running_cluster(config):
+    # In this order: ray.init puts handlers of its own over those it finds.
+    with local_or_running_cluster(config), _Stop() as stop:
         missing = plan.require_resources(config)
         if missing:
             display.note(
