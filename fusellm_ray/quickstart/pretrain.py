@@ -1,7 +1,7 @@
 """Training a small model from nothing, in seconds: Muon, one thread, plain torch.
 
-Matrices inside the blocks take Muon steps, everything else AdamW. In a budget of a few hundred steps
-Muon reaches in half the CPU time what AdamW reaches alone. Called in the zoo's processes, once a model.
+Matrices inside the blocks take Muon steps, everything else AdamW: in a budget of a few hundred steps that learns
+clearly more than AdamW alone. Called in the zoo's processes, once a model.
 """
 
 from __future__ import annotations

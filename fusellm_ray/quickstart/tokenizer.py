@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Literal
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -125,7 +124,3 @@ def _with_byte_tokens(tokenizer: Tokenizer) -> Tokenizer:
         model["byte_fallback"] = True
     tree["added_tokens"] = [token for token in tree["added_tokens"] if token["content"] not in _BYTES]
     return Tokenizer.from_str(json.dumps(tree))
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    tokenizer.save_pretrained(folder)
