@@ -47,7 +47,8 @@ def quickstart(seed: int, steps: int | None, cache: Path | None, json_path: Path
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from fusellm_ray.quickstart.run import run_quickstart
 
-    sys.exit(run_quickstart(seed=seed, steps=steps, cache=cache, json_path=json_path))
+    is_finished = run_quickstart(seed=seed, steps=steps, cache=cache, json_path=json_path)
+    sys.exit(0 if is_finished else INTERRUPTED)
 
 
 @main.command()

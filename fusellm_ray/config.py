@@ -109,7 +109,7 @@ class SimulatedEngine(Frozen):
     jitter: float = Field(default=0.0, ge=0)
     """Standard deviation of a request's duration, as a share of it."""
     failure_rate: float = Field(default=0.0, ge=0, le=1)
-    """Chance that a request raises."""
+    """Chance that a request raises; the self-test at the start does not."""
 
 
 EngineConfig = Annotated[TransformersEngine | VllmEngine | SimulatedEngine, Field(discriminator="type")]

@@ -83,12 +83,7 @@ def load_model(
         ModelError, TokenizerError: it cannot be loaded, or cannot keep packed documents apart.
     """
     facts = model_facts(config)
-    tokenizer = ByteTokenizer.load(
-        config.model,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        vocab_size=facts.vocab_size,
-    )
+    tokenizer = ByteTokenizer.of_model(config, facts.vocab_size)
     causal_lm = load_causal_lm(config, dtype=dtype)
     causal_lm.to(device)  # type: ignore[arg-type]
     check_structure(causal_lm)

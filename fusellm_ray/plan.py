@@ -78,7 +78,7 @@ def preflight(config: Config) -> dict[str, Any]:
         )
     if config.target.lora is not None and importlib.util.find_spec("peft") is None:
         raise ConfigError("target.lora needs PEFT, which is not installed: pip install peft")
-    tokenizer = load_tokenizer(config.target, target)
+    tokenizer = ByteTokenizer.of_model(config.target, target.vocab_size)
     for i, teacher in enumerate(config.active_teachers):
         _teacher_tokenizer(i, teacher, tokenizer)
         if isinstance(teacher.engine, VllmEngine) and not _has_vllm():
@@ -103,16 +103,6 @@ def preflight(config: Config) -> dict[str, Any]:
         "batch_rows": config.training.batch_rows,
         "seed": config.run.seed,
     }
-
-
-def load_tokenizer(model: ModelConfig, facts: ModelFacts | None) -> ByteTokenizer:
-    """The byte view of a model's tokenizer, as wide as the model's vocabulary."""
-    return ByteTokenizer.load(
-        model.model,
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-        vocab_size=facts.vocab_size if facts else None,
-    )
 
 
 def demand(config: Config) -> dict[str, float]:
@@ -179,7 +169,7 @@ def make_plan(config: Config, *, with_cluster: bool = True) -> Plan:
     """
     preflight(config)
     target = model_facts(config.target)
-    tokenizer = load_tokenizer(config.target, target)
+    tokenizer = ByteTokenizer.of_model(config.target, target.vocab_size)
     corpus = Corpus.open(config.corpus, config.run.seed)
     reader = ShardReader(corpus, tokenizer, 0, config.training.batch_rows, config.corpus.row_tokens)
     segments = list(itertools.chain.from_iterable(reader.next_row().segments for _ in range(SAMPLE_ROWS)))
@@ -339,7 +329,7 @@ def _teacher_tokenizer(
     index: int, teacher: TeacherConfig, target: ByteTokenizer
 ) -> tuple[ModelFacts | None, ByteTokenizer]:
     facts = None if isinstance(teacher.engine, SimulatedEngine) else model_facts(teacher)
-    tokenizer = load_tokenizer(teacher, facts)
+    tokenizer = ByteTokenizer.of_model(teacher, facts.vocab_size if facts else None)
     for name, vocab_size in ((teacher.name, tokenizer.vocab_size), ("the target", target.vocab_size)):
         if teacher.top_k > vocab_size:
             raise ConfigError(

@@ -25,6 +25,7 @@ import numpy.typing as npt
 import transformers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from fusellm_ray.config import ModelConfig
 from fusellm_ray.corpus.spelling import is_byte_level, prepended_token, special_tokens, speller, text_only
 from fusellm_ray.errors import TokenizerError
 
@@ -133,6 +134,16 @@ class ByteTokenizer:
                 "expected a folder with tokenizer.json, or a hub id that can be reached"
             ) from error
         return cls(hf, model, vocab_size)
+
+    @classmethod
+    def of_model(cls, model: ModelConfig, vocab_size: int | None = None) -> ByteTokenizer:
+        """The tokenizer of a configured model; see `load`."""
+        return cls.load(
+            model.model,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            vocab_size=vocab_size,
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ByteTokenizer, (self.hf, self.name, self.vocab_size)

@@ -34,12 +34,10 @@ from fusellm_ray.target.storage import Checkpoints
 ARMS = {"fused": "fused", "clm": "CLM only"}
 """Suffix of a run's name → its name in the table."""
 
-INTERRUPTED = 130
-
 
 def run_quickstart(
     *, seed: int = 0, steps: int | None = None, cache: Path | None = None, json_path: Path | None = None
-) -> int:
+) -> bool:
     """Build what is missing, train both arms, print the table.
 
     Args:
@@ -49,7 +47,7 @@ def run_quickstart(
         json_path: where the table goes as JSON, with the seconds each stage took.
 
     Returns:
-        The process's exit code; 130 after a requested stop, from which the same command goes on.
+        False after a requested stop, from which the same command goes on.
     """
     console = Console(stderr=True)
     cache = (cache or DEFAULT_CACHE).expanduser()
@@ -70,7 +68,7 @@ def run_quickstart(
                 console.print(
                     f"stopped at step {outcome.step} of {ARMS[arm]}; the same command goes on from there"
                 )
-                return INTERRUPTED
+                return False
     scores = _evaluate(config, runs, zoo, console)
     clock.lap("evaluation")
     print_scores(scores, "bits per byte on held-out text (lower is better)")
@@ -82,7 +80,7 @@ def run_quickstart(
     if json_path is not None:
         report = {"seed": seed, "scores": as_json(scores), "gain": gain, "seconds": seconds}
         json_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return True
 
 
 def quickstart_config(cache: Path, *, seed: int = 0, steps: int | None = None) -> Config:

@@ -24,6 +24,7 @@ from fusellm_ray.config import StreamConfig
 from fusellm_ray.corpus.rows import Segment
 from fusellm_ray.errors import FrameError, FuseLLMError, TeacherLostError
 from fusellm_ray.stream.address import REFRESH_S, TeacherAddress
+from fusellm_ray.stream.failures import cause_of, summary_of
 from fusellm_ray.stream.frame import answer_bytes, decode_frame, encode_request
 
 _POLL_S = 0.5
@@ -298,8 +299,8 @@ class TeacherStream:
 
     def _failed(self, teacher: _Teacher, request: _Request, replica: int, error: Exception) -> None:
         """Decide what a failed attempt means: raise, or send again."""
-        cause = _cause(error)
-        teacher.last_problem = f"replica {replica}: {_summary(cause)}"
+        cause = cause_of(error)
+        teacher.last_problem = f"replica {replica}: {summary_of(cause)}"
         if isinstance(cause, FrameError):
             request.frame_errors += 1
             if request.frame_errors > 1:
@@ -314,7 +315,7 @@ class TeacherStream:
             # That replica is gone for now: the pool looks at it and says who is left.
             teacher.handles.pop(replica, None)
             if teacher.table_ref is None:
-                teacher.table_ref = teacher.address.pool.report.remote(replica, _summary(cause))
+                teacher.table_ref = teacher.address.pool.report.remote(replica, summary_of(cause))
                 self._awaited[teacher.table_ref] = (teacher, None)
         teacher.traffic.retries += 1
         if not request.attempts:  # else another attempt is still out
@@ -326,10 +327,10 @@ class TeacherStream:
         try:
             table = ray.get(ref)
         except (RayError, FuseLLMError) as error:
-            cause = _cause(error)
+            cause = cause_of(error)
             if _cannot_heal(cause):
                 raise cause from error
-            teacher.last_problem = f"its pool: {_summary(cause)}"
+            teacher.last_problem = f"its pool: {summary_of(cause)}"
             teacher.table_at = self._now() + _BACKOFF_S[0]
             return
         teacher.handles = dict(table.handles)
@@ -387,17 +388,6 @@ class TeacherStream:
             teacher.table_ref = None
 
 
-def _cause(error: Exception) -> Exception:
-    """The error that a replica raised, without Ray's wrapping."""
-    cause = getattr(error, "cause", None) if isinstance(error, RayTaskError) else None
-    return cause if isinstance(cause, Exception) else error
-
-
 def _cannot_heal(error: Exception) -> bool:
     """Input that another replica would refuse as well; FrameErrors are counted apart."""
     return isinstance(error, FuseLLMError) and isinstance(error, ValueError)
-
-
-def _summary(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

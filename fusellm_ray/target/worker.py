@@ -148,12 +148,7 @@ def _set_up(task: TrainTask) -> Rank:
         index=context.get_world_rank(),
         num_ranks=context.get_world_size(),
         device=device,
-        tokenizer=ByteTokenizer.load(
-            config.target.model,
-            revision=config.target.revision,
-            trust_remote_code=config.target.trust_remote_code,
-            vocab_size=facts.vocab_size,
-        ),
+        tokenizer=ByteTokenizer.of_model(config.target, facts.vocab_size),
         vocab_size=facts.vocab_size,
         model=model,
         optimizer=make_optimizer(model, config.training),

@@ -26,6 +26,7 @@ from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 from fusellm_ray.config import AlignmentConfig, ModelConfig, TeacherConfig, TransformersEngine
 from fusellm_ray.errors import AlignmentError, ClusterError, FuseLLMError
 from fusellm_ray.stream.address import REFRESH_S, HandleTable
+from fusellm_ray.stream.failures import cause_of, summary_of
 from fusellm_ray.teachers.replica import TeacherReplica
 from fusellm_ray.teachers.report import Description, Heartbeat, PoolStatus, ReplicaStats
 from fusellm_ray.teachers.scaling import Decision, Load, Scaler
@@ -188,7 +189,7 @@ class TeacherPool:
                 description = await _await(member.handle.describe.remote())
             except (RayError, FuseLLMError) as error:
                 failed_starts += 1
-                member.problem = _summary(error)
+                member.problem = summary_of(cause_of(error))
                 logger.warning(
                     "teacher %s, replica %d does not start: %s",
                     self._teacher.name,
@@ -257,7 +258,7 @@ class TeacherPool:
         except TimeoutError:
             problem, is_hung = f"no heartbeat for {self._hang_s:.0f} s", True
         except RayError as error:
-            problem = _summary(error)
+            problem = summary_of(cause_of(error))
         else:
             member.beat = beat
             if beat.incarnation != member.incarnation:
@@ -338,7 +339,9 @@ class TeacherPool:
             ):
                 await asyncio.sleep(_BEAT_S)
         except RayError as error:
-            logger.info("teacher %s, replica %d: %s", self._teacher.name, member.number, _summary(error))
+            logger.info(
+                "teacher %s, replica %d: %s", self._teacher.name, member.number, summary_of(cause_of(error))
+            )
         await self._end(member)
         self._members.pop(member.number, None)
 
@@ -354,9 +357,3 @@ class TeacherPool:
 
 async def _await(ref: Any) -> Any:
     return await ref
-
-
-def _summary(error: Exception) -> str:
-    cause = error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
-    lines = str(cause).strip().splitlines()
-    return f"{type(cause).__name__}: {lines[0] if lines else ''}"[:300]

@@ -55,12 +55,7 @@ class TeacherScorer:
         Raises:
             FuseLLMError: a model, its tokenizer or the configuration cannot work.
         """
-        self.target = ByteTokenizer.load(
-            target.model,
-            revision=target.revision,
-            trust_remote_code=target.trust_remote_code,
-            vocab_size=model_facts(target).vocab_size,
-        )
+        self.target = ByteTokenizer.of_model(target, model_facts(target).vocab_size)
         self.engine = make_engine(teacher)
         smaller = min(self.engine.vocab_size, self.target.vocab_size)
         if teacher.top_k > smaller:
@@ -68,12 +63,7 @@ class TeacherScorer:
                 f"teacher {teacher.name}: top_k={teacher.top_k} exceeds the vocabulary ({smaller}); "
                 f"lower it to at most {smaller}"
             )
-        self.tokenizer = ByteTokenizer.load(
-            teacher.model,
-            revision=teacher.revision,
-            trust_remote_code=teacher.trust_remote_code,
-            vocab_size=self.engine.vocab_size,
-        )
+        self.tokenizer = ByteTokenizer.of_model(teacher, self.engine.vocab_size)
         self._name, self._top_k = teacher.name, teacher.top_k
         self._aligner = Aligner(self.tokenizer, self.target, alignment, teacher.top_k)
         self.fingerprint = _fingerprint(

@@ -39,20 +39,20 @@ class SimulatedScorer:
             )
         self._name = teacher.name
         self._cost = teacher.engine
-        tokenizer = ByteTokenizer.load(
-            teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
-        )
+        tokenizer = ByteTokenizer.of_model(teacher)
         self.vocab_size = tokenizer.vocab_size
         self.max_context = teacher.max_context or _DEFAULT_CONTEXT
         self.model_cpu_s = 0.0
         self._rng = np.random.default_rng()  # of durations and failures only, never of answers
         self._free_at = 0.0
+        self._is_tested = False  # the first call is the replica's self-test, not a request
         self._patterns: dict[int, Patterns] = {}
         time.sleep(self._cost.startup_s)
 
     async def score(self, prompts: Sequence[NDArray[np.int32]], top_k: int) -> list[Scores]:
         await self._spend(sum(len(prompt) for prompt in prompts))
-        if self._cost.failure_rate and self._rng.random() < self._cost.failure_rate:
+        is_request, self._is_tested = self._is_tested, True
+        if is_request and self._rng.random() < self._cost.failure_rate:
             raise EngineError(
                 f"teacher {self._name}: simulated failure (engine.failure_rate={self._cost.failure_rate})"
             )
