@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -115,6 +116,48 @@ def test_a_resume_on_one_rank_goes_on_with_the_same_batches(
     lines = (Path(second.run.storage) / "resumed" / "metrics.jsonl").read_text().splitlines()
     assert [r["step"] for r in map(json.loads, lines) if r["event"] == "step"] == [1, 2, 3, 4, 5, 6]
     assert losses(second) == pytest.approx(losses(undisturbed), rel=1e-6)
+
+
+class KillRank:
+    """A display that ends one rank's process, as the kernel would, when a step is recorded."""
+
+    def __init__(self, at_step: int) -> None:
+        self._at_step = at_step
+        self.starts: list[int] = []
+
+    def __enter__(self) -> KillRank:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def show(self, record: dict[str, Any]) -> None:
+        if record["event"] == "start":
+            self.starts.append(record["step"])
+        if record["event"] == "step" and record["step"] == self._at_step and len(self.starts) == 1:
+            ranks = [
+                process
+                for process in psutil.Process().children(recursive=True)
+                if "RayTrainWorker" in " ".join(process.cmdline())
+            ]
+            assert len(ranks) == 2
+            random.choice(ranks).kill()
+
+
+def test_a_killed_rank_comes_back_and_the_weights_are_those_of_an_undisturbed_run(
+    tree: dict[str, Any], pools: dict[str, Any], undisturbed: Config, tmp_path: Path
+):
+    # A checkpoint each step: steps then last long enough for the driver to hear of one before the next is over.
+    config = named(tree, "killed", trainer={"max_failures": 1}, checkpoint={"every_steps": 1})
+    killer = KillRank(at_step=random.randint(1, 4))
+    assert run_job(config, pools=pools, display=killer).is_finished
+    assert len(killer.starts) == 2, "one rank was killed, once"
+    assert killer.starts[1] < 6
+    assert losses(config) == losses(undisturbed)
+    assert_same_weights(weights(config, tmp_path / "killed"), weights(undisturbed, tmp_path / "undisturbed"))
 
 
 def test_a_finished_run_is_left_alone(undisturbed: Config):
