@@ -92,7 +92,13 @@ def check(config: Path, overrides: tuple[str, ...], no_cluster: bool) -> None:
 @click.option("--context", type=click.IntRange(min=2), help="Tokens read at once (default: at most 2048).")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")
+@click.option("--against", metavar="MODEL", help="Compare the others with this one (default: the first).")
+@click.option(
+    "--resamples", type=click.IntRange(min=1), default=2000, show_default=True, help="Bootstrap draws."
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of the bootstrap.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures as JSON, too.")
+@click.option("--markdown", "markdown_path", type=click.Path(path_type=Path), help="Write the tables, too.")
 def evaluate(
     models: tuple[str, ...],
     corpora: tuple[str, ...],
@@ -101,10 +107,14 @@ def evaluate(
     context: int | None,
     dtype: str,
     threads: int | None,
+    against: str | None,
+    resamples: int,
+    seed: int,
     json_path: Path | None,
+    markdown_path: Path | None,
 ) -> None:
-    """Bits per byte of Hugging Face models on text files; lower is better."""
-    from fusellm_ray.evaluate.table import evaluate_models
+    """Bits per byte of Hugging Face models on text files, with paired intervals; lower is better."""
+    from fusellm_ray.evaluate.models import evaluate_models
 
     evaluate_models(
         models,
@@ -114,7 +124,11 @@ def evaluate(
         context=context,
         dtype=dtype,
         threads=threads,
+        against=against,
+        num_resamples=resamples,
+        seed=seed,
         json_path=json_path,
+        markdown_path=markdown_path,
     )
 
 

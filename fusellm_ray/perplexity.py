@@ -57,6 +57,28 @@ class DomainScore:
 NOTHING = DomainScore(0.0, 0, 0, 0)
 
 
+@dataclass(frozen=True, slots=True)
+class DocumentScore:
+    """One document's sums: what two models are compared on, document by document."""
+
+    domain: str
+    name: str
+    nats: float
+    bytes: int
+    """That the predicted tokens cover; 0 for a document without any."""
+    tokens: int
+
+
+def by_domain(documents: Iterable[DocumentScore]) -> dict[str, DomainScore]:
+    """Add up the documents of which anything was predicted."""
+    scores: dict[str, DomainScore] = {}
+    for d in documents:
+        if not d.tokens:
+            continue
+        scores[d.domain] = scores.get(d.domain, NOTHING) + DomainScore(d.nats, d.bytes, d.tokens, 1)
+    return scores
+
+
 def held_out_documents(sources: Sequence[SourceConfig], max_bytes: int) -> list[Document]:
     """The first `max_bytes` bytes of each source, in its own order: the same text for any model.
 
@@ -98,15 +120,38 @@ def evaluate_model(
     batch_rows: int = 1,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> dict[str, DomainScore]:
+) -> list[DocumentScore]:
     """Load a model and score documents with it; `row_tokens` is lowered to what it reads at once."""
     model, tokenizer, context = load_model(config, device=device, dtype=dtype)
-    return bits_per_byte(
+    return score_documents(
         model, tokenizer, documents, row_tokens=min(row_tokens, context), batch_rows=batch_rows
     )
 
 
-@torch.no_grad()
+def score_documents(
+    model: HeadedModel,
+    tokenizer: ByteTokenizer,
+    documents: Iterable[Document],
+    *,
+    row_tokens: int,
+    batch_rows: int,
+) -> list[DocumentScore]:
+    """Score documents one by one, in their order; the arguments are those of `bits_per_byte`."""
+    documents = list(documents)
+    owners, windows = [], []
+    for number, document in enumerate(documents):
+        for window in _windows(document, tokenizer, row_tokens):
+            owners.append(number)
+            windows.append(window)
+    sums = [NOTHING] * len(documents)
+    for index, score in _score_windows(model, tokenizer, windows, row_tokens, batch_rows, 0, 1):
+        sums[owners[index]] += score
+    return [
+        DocumentScore(d.domain, d.name, s.nats, s.bytes, s.tokens)
+        for d, s in zip(documents, sums, strict=True)
+    ]
+
+
 def bits_per_byte(
     model: HeadedModel,
     tokenizer: ByteTokenizer,
@@ -132,20 +177,38 @@ def bits_per_byte(
         CorpusError: there is no document.
     """
     windows = [w for document in documents for w in _windows(document, tokenizer, row_tokens)]
+    scores = {window.domain: NOTHING for window in windows}
+    for index, score in _score_windows(model, tokenizer, windows, row_tokens, batch_rows, shard, num_shards):
+        scores[windows[index].domain] += score
+    return scores
+
+
+@torch.no_grad()
+def _score_windows(
+    model: HeadedModel,
+    tokenizer: ByteTokenizer,
+    windows: Sequence[Segment],
+    row_tokens: int,
+    batch_rows: int,
+    shard: int,
+    num_shards: int,
+) -> Iterator[tuple[int, DomainScore]]:
+    """(index of a window, its sums) of this shard's windows."""
     if not windows:
         raise CorpusError("no held-out text to score; give evaluation sources that hold some")
     rows = list(_packed(windows, row_tokens))
     # One shape for all batches, so that a compiled model is compiled for it once.
     length = max(sum(len(window.ids) for window in row.segments) for row in rows)
-    batches = [rows[i : i + batch_rows] for i in range(0, len(rows), batch_rows)]
-    scores = {window.domain: NOTHING for window in windows}
+    starts = range(0, len(rows), batch_rows)
+    batches = [rows[start : start + batch_rows] for start in starts]
+    windows_before = np.cumsum([0] + [len(row.segments) for row in rows])
     for first in range(0, len(batches), num_shards):
         is_mine = first + shard < len(batches)
-        batch = batches[first + shard] if is_mine else batches[0]
-        for domain, score in _score(model, batch, length, tokenizer.eos_id or 0):
+        number = first + shard if is_mine else 0
+        index = int(windows_before[starts[number]])
+        for i, score in enumerate(_score(model, batches[number], length, tokenizer.eos_id or 0), index):
             if is_mine:
-                scores[domain] += score
-    return scores
+                yield i, score
 
 
 def sum_over_ranks(scores: Mapping[str, DomainScore]) -> dict[str, DomainScore]:
@@ -184,10 +247,8 @@ def _packed(windows: Iterable[Segment], row_tokens: int) -> Iterator[Row]:
     yield Row(tuple(row))
 
 
-def _score(
-    model: HeadedModel, rows: list[Row], length: int, pad_id: int
-) -> Iterator[tuple[str, DomainScore]]:
-    """Each window's domain and sums."""
+def _score(model: HeadedModel, rows: list[Row], length: int, pad_id: int) -> Iterator[DomainScore]:
+    """Each window's sums, in their order in the rows."""
     arrays = [row_arrays(row, length, pad_id) for row in rows]
     device = next(model.parameters()).device
 
@@ -217,12 +278,9 @@ def _score(
     for row, a, row_nats in zip(rows, arrays, nats, strict=True):
         for i, window in enumerate(row.segments):
             own = a.segment == i
-            yield (
-                window.domain,
-                DomainScore(
-                    nats=float(row_nats[own].sum()),
-                    bytes=int(a.gold_bytes[own].sum()),
-                    tokens=len(window.ids) - 1,
-                    documents=int(window.ends_document),
-                ),
+            yield DomainScore(
+                nats=float(row_nats[own].sum()),
+                bytes=int(a.gold_bytes[own].sum()),
+                tokens=len(window.ids) - 1,
+                documents=int(window.ends_document),
             )

@@ -12,7 +12,7 @@ from fusellm_ray.config import AlignmentConfig
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.errors import ConfigError, CorpusError
 from fusellm_ray.evaluate.alignment import picture, sequences_of, show_alignment
-from fusellm_ray.evaluate.table import evaluate_models
+from fusellm_ray.evaluate.models import evaluate_models
 from tests.runs import model_folder
 
 TEXT = "def area(width, height):\n\treturn width * height  # café, 今天 😀\n\nThe strength of the naïve method.\n"
@@ -27,23 +27,40 @@ def models(tmp_path_factory: pytest.TempPathFactory, tokenizer_folders: dict[str
     }
 
 
-def test_the_table_has_every_model_and_corpus_and_their_mean(models: dict[str, Path], tmp_path: Path):
+def test_the_report_has_every_model_and_corpus_their_mean_and_paired_differences(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     (tmp_path / "x.txt").write_text(TEXT * 5)
-    (tmp_path / "y.jsonl").write_text(json.dumps({"body": TEXT}) + "\n")
-    scores = evaluate_models(
-        [str(path) for path in models.values()],
+    lines = [json.dumps({"body": TEXT[: 20 + 5 * i]}) for i in range(12)]
+    (tmp_path / "y.jsonl").write_text("\n".join(lines))
+    names = [str(path) for path in models.values()]
+    report = evaluate_models(
+        names,
         [f"x={tmp_path / 'x.txt'}", f"y={tmp_path / 'y.jsonl'}"],
         field="body",
         context=64,
+        num_resamples=100,
         json_path=tmp_path / "out.json",
+        markdown_path=tmp_path / "out.md",
     )
-    written = json.loads((tmp_path / "out.json").read_text())
-    assert list(written) == list(scores) == [str(path) for path in models.values()]
-    for model, report in written.items():
-        by_domain = {domain: score.bits_per_byte for domain, score in scores[model].items()}
-        assert report["domains"].keys() == {"x", "y"}
-        assert report["mean"] == pytest.approx(sum(by_domain.values()) / 2)
+    assert json.loads((tmp_path / "out.json").read_text()) == report
+    assert list(report["models"]) == names
+    bits = {
+        model: {domain: score["bits_per_byte"] for domain, score in own["domains"].items()}
+        for model, own in report["models"].items()
+    }
+    for model, by_domain in bits.items():
+        assert by_domain.keys() == {"x", "y"}
+        assert report["models"][model]["mean"] == pytest.approx(sum(by_domain.values()) / 2)
         assert 0 < by_domain["x"] < 20
+    assert report["against"] == names[0]
+    difference = report["differences"][names[1]]
+    assert difference["y"]["difference"] == pytest.approx(bits[names[1]]["y"] - bits[names[0]]["y"])
+    assert difference["y"]["low"] <= difference["y"]["difference"] <= difference["y"]["high"]
+    assert difference["x"]["low"] is None  # one document
+    shown = f"{difference['y']['difference']:+.4f} ({difference['y']['low']:+.4f}"
+    assert shown in (tmp_path / "out.md").read_text()
+    assert f"{report['models'][names[1]]['mean']:.4f}" in capsys.readouterr().out
 
 
 def test_corpora_must_be_named_and_named_once(models: dict[str, Path], tmp_path: Path):

@@ -14,8 +14,10 @@ from fusellm_ray.models import HeadedModel, load_causal_lm
 from fusellm_ray.perplexity import (
     DomainScore,
     bits_per_byte,
+    by_domain,
     evaluate_model,
     held_out_documents,
+    score_documents,
     sum_over_ranks,
 )
 from fusellm_ray.target.model import build_target
@@ -82,6 +84,20 @@ def test_every_byte_is_scored_but_a_first_token_that_nothing_precedes(folder):
         assert score.bytes == sum(int(e.ends[-1]) for e in encodings if len(e.ends)) - unread
 
 
+@pytest.mark.parametrize("batch_rows", [1, 3])
+def test_documents_scored_one_by_one_add_up_to_their_domains(batch_rows, folder):
+    model, tokenizer = load(folder)
+    scores = score_documents(model, tokenizer, DOCUMENTS, row_tokens=20, batch_rows=batch_rows)
+    assert [(s.domain, s.name) for s in scores] == [(d.domain, d.name) for d in DOCUMENTS]
+    whole = bits_per_byte(model, tokenizer, DOCUMENTS, row_tokens=20, batch_rows=1)
+    for domain, total in by_domain(scores).items():
+        assert total.nats == pytest.approx(whole[domain].nats, rel=1e-6)
+        assert (total.bytes, total.tokens) == (whole[domain].bytes, whole[domain].tokens)
+    alone = score_documents(model, tokenizer, [DOCUMENTS[3]], row_tokens=20, batch_rows=1)[0]
+    assert scores[3].nats == pytest.approx(alone.nats, rel=1e-5)
+    assert scores[4].bytes == 0
+
+
 def test_shards_add_up_to_the_whole(folder):
     model, tokenizer = load(folder)
     whole = bits_per_byte(model, tokenizer, DOCUMENTS, row_tokens=20, batch_rows=2)
@@ -126,7 +142,7 @@ def test_two_ranks_with_a_sharded_model_score_what_one_process_scores(folder):
 
 def test_a_model_folder_is_scored_within_its_context(folder):
     long = [Document(TEXTS[0][1] * 20, "long", "long:1")]  # the context is 128 tokens
-    score = evaluate_model(ModelConfig(model=folder), long, row_tokens=100_000)["long"]
+    score = by_domain(evaluate_model(ModelConfig(model=folder), long, row_tokens=100_000))["long"]
     assert score.tokens > 1000
     assert score.documents == 1
     assert 1 < score.bits_per_byte < 20

@@ -1,88 +1,85 @@
-"""Many models on the same held-out text: one table of bits per byte, for people and as JSON."""
+"""Many models on the same held-out text: tables of bits per byte for a terminal, as Markdown, and as JSON."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
-from fusellm_ray.config import ModelConfig, SourceConfig
-from fusellm_ray.errors import ConfigError
-from fusellm_ray.perplexity import DomainScore, evaluate_model, held_out_documents
-
-DEFAULT_CONTEXT = 2048
+from fusellm_ray.evaluate.bootstrap import LEVEL, MEAN, Interval
+from fusellm_ray.perplexity import DomainScore
 
 Scores = Mapping[str, Mapping[str, DomainScore]]
 """Model → domain → score."""
 
+Differences = Mapping[str, Mapping[str, Interval]]
+"""Model → domain or `MEAN` → how much it differs from the one that all are compared with."""
 
-def evaluate_models(
-    models: Sequence[str],
-    corpora: Sequence[str],
-    *,
-    field: str = "text",
-    max_bytes: int = 200_000,
-    context: int | None = None,
-    dtype: str = "float32",
-    threads: int | None = None,
-    json_path: Path | None = None,
-) -> Scores:
-    """Score every model on every corpus, print the table, and write it as JSON if asked.
 
-    Args:
-        models: folders or hub ids.
-        corpora: `NAME=PATH` strings; a path may be JSONL, Parquet, text, a folder or a glob.
-        context: tokens read at once; at most what the model reads.
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table of ready strings; the first column names the rows."""
 
-    Raises:
-        ConfigError: a corpus is not of the form NAME=PATH, or two have one name.
-    """
-    if threads is not None:
-        torch.set_num_threads(threads)
-    documents = held_out_documents([_source(corpus, corpora, field) for corpus in corpora], max_bytes)
-    scores: dict[str, dict[str, DomainScore]] = {}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        for model in progress.track(models, description="evaluate"):
-            scores[model] = evaluate_model(
-                ModelConfig(model=model),
-                documents,
-                row_tokens=context or DEFAULT_CONTEXT,
-                device="cuda" if torch.cuda.is_available() else "cpu",
-                dtype=getattr(torch, dtype),
-            )
-    print_scores(scores, "bits per byte on held-out text (lower is better)")
-    if json_path is not None:
-        json_path.write_text(json.dumps(as_json(scores), indent=1) + "\n", encoding="utf-8")
-    return scores
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    bold: frozenset[tuple[int, int]] = frozenset()
+    """(row, column) of what stands out."""
+
+    def print(self) -> None:
+        table = Table(title=self.title, title_justify="left")
+        for number, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if number else "left")
+        for i, row in enumerate(self.rows):
+            table.add_row(*(f"[bold]{c}[/bold]" if (i, j) in self.bold else c for j, c in enumerate(row)))
+        Console().print(table)
+
+    def markdown(self) -> str:
+        lines = [f"{self.title}\n", _line(self.columns), _line(["---", *["---:"] * (len(self.columns) - 1)])]
+        for i, row in enumerate(self.rows):
+            lines.append(_line([f"**{c}**" if (i, j) in self.bold else c for j, c in enumerate(row)]))
+        return "\n".join(lines) + "\n"
+
+
+def score_grid(scores: Scores, title: str) -> Grid:
+    """A row a model, a column a domain, the best of each column in bold, and the mean over domains."""
+    domains = list(next(iter(scores.values())))
+    values = [
+        [*(by_domain[d].bits_per_byte for d in domains), mean_bits_per_byte(by_domain)]
+        for by_domain in scores.values()
+    ]
+    best = frozenset(
+        (i, j + 1)
+        for j, column in enumerate(zip(*values, strict=True))
+        for i, value in enumerate(column)
+        if value == min(column)
+    )
+    rows = [[model, *(f"{v:.4f}" for v in row)] for model, row in zip(scores, values, strict=True)]
+    return Grid(title, ["model", *domains, MEAN], rows, best)
+
+
+def difference_grid(differences: Differences, against: str) -> Grid:
+    """A row a model, a column a domain: difference and interval; in bold what the interval decides."""
+    rows, bold = [], set()
+    for i, (model, by_domain) in enumerate(differences.items()):
+        rows.append([model, *(show_interval(interval) for interval in by_domain.values())])
+        bold |= {(i, j) for j, interval in enumerate(by_domain.values(), 1) if interval.is_decided}
+    title = f"difference from {against}: bits per byte, {LEVEL:.0%} paired bootstrap interval over documents"
+    return Grid(title, ["model", *next(iter(differences.values()))], rows, frozenset(bold))
+
+
+def show_interval(interval: Interval) -> str:
+    if math.isnan(interval.low):
+        return f"{interval.difference:+.4f}"
+    return f"{interval.difference:+.4f} ({interval.low:+.4f} to {interval.high:+.4f})"
 
 
 def print_scores(scores: Scores, title: str) -> None:
-    """The table: a row a model, a column a domain, the best of each column in bold, and the mean over domains."""
-    domains = list(next(iter(scores.values())))
-    columns: dict[str, Callable[[str], float]] = {
-        domain: lambda model, domain=domain: scores[model][domain].bits_per_byte  # type: ignore[misc]
-        for domain in domains
-    }
-    columns["mean"] = lambda model: mean_bits_per_byte(scores[model])
-    table = Table(title=title, title_justify="left")
-    table.add_column("model")
-    for name in columns:
-        table.add_column(name, justify="right")
-    best = {name: min(value(model) for model in scores) for name, value in columns.items()}
-    for model in scores:
-        cells = []
-        for name, value in columns.items():
-            text = f"{value(model):.4f}"
-            cells.append(f"[bold]{text}[/bold]" if value(model) == best[name] else text)
-        table.add_row(model, *cells)
-    Console().print(table)
+    score_grid(scores, title).print()
 
 
 def mean_bits_per_byte(scores: Mapping[str, DomainScore]) -> float:
@@ -96,12 +93,8 @@ def as_json(scores: Scores) -> dict[str, Any]:
         model: {
             "mean": mean_bits_per_byte(by_domain),
             "domains": {
-                domain: {
-                    "bits_per_byte": score.bits_per_byte,
-                    "bytes": score.bytes,
-                    "tokens": score.tokens,
-                    "documents": score.documents,
-                }
+                domain: {"bits_per_byte": score.bits_per_byte}
+                | {name: getattr(score, name) for name in ("bytes", "tokens", "documents")}
                 for domain, score in by_domain.items()
             },
         }
@@ -109,10 +102,10 @@ def as_json(scores: Scores) -> dict[str, Any]:
     }
 
 
-def _source(corpus: str, corpora: Sequence[str], field: str) -> SourceConfig:
-    name, separator, path = corpus.partition("=")
-    if not separator or not name or not path:
-        raise ConfigError(f"--corpus {corpus!r}: expected NAME=PATH, for instance prose=heldout.jsonl")
-    if sum(other.startswith(f"{name}=") for other in corpora) > 1:
-        raise ConfigError(f"--corpus: two corpora are named {name!r}; give each its own name")
-    return SourceConfig(name=name, path=path, field=field)
+def interval_json(interval: Interval) -> dict[str, float | None]:
+    """{difference, low, high}; null where there is no interval."""
+    return {name: None if math.isnan(value) else value for name, value in asdict(interval).items()}
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -1,0 +1,100 @@
+"""`fusellm-ray evaluate`: many models on the same held-out text, and how sure their differences are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from fusellm_ray.config import ModelConfig, SourceConfig
+from fusellm_ray.errors import ConfigError
+from fusellm_ray.evaluate.bootstrap import LEVEL, NUM_RESAMPLES, PairedBootstrap
+from fusellm_ray.evaluate.table import as_json, difference_grid, interval_json, score_grid
+from fusellm_ray.perplexity import DocumentScore, by_domain, evaluate_model, held_out_documents
+
+DEFAULT_CONTEXT = 2048
+
+
+def evaluate_models(
+    models: Sequence[str],
+    corpora: Sequence[str],
+    *,
+    field: str = "text",
+    max_bytes: int = 200_000,
+    context: int | None = None,
+    dtype: str = "float32",
+    threads: int | None = None,
+    against: str | None = None,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+    json_path: Path | None = None,
+    markdown_path: Path | None = None,
+) -> dict[str, Any]:
+    """Score every model on every corpus, print the tables, and write them if asked.
+
+    Args:
+        models: folders or hub ids.
+        corpora: `NAME=PATH` strings; a path may be JSONL, Parquet, text, a folder or a glob.
+        context: tokens read at once; at most what the model reads.
+        against: the model that the others are compared with; default: the first.
+        num_resamples, seed: of the bootstrap.
+
+    Returns:
+        What is written as JSON: {models, against, differences, bootstrap}.
+
+    Raises:
+        ConfigError: a corpus is not of the form NAME=PATH, two have one name, or `against` is no model.
+    """
+    models = list(dict.fromkeys(models))
+    against = against or models[0]
+    if against not in models:
+        raise ConfigError(f"--against {against!r} is none of the models: {', '.join(models)}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    documents = held_out_documents([_source(corpus, corpora, field) for corpus in corpora], max_bytes)
+    scored: dict[str, list[DocumentScore]] = {}
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for model in progress.track(models, description="evaluate"):
+            scored[model] = evaluate_model(
+                ModelConfig(model=model),
+                documents,
+                row_tokens=context or DEFAULT_CONTEXT,
+                device="cuda" if torch.cuda.is_available() else "cpu",
+                dtype=getattr(torch, dtype),
+            )
+    scores = {model: by_domain(own) for model, own in scored.items()}
+    bootstrap = PairedBootstrap(scored, num_resamples=num_resamples, seed=seed)
+    differences = {model: bootstrap.difference(model, against) for model in models if model != against}
+    grids = [score_grid(scores, "bits per byte on held-out text (lower is better)")]
+    if differences:
+        grids.append(difference_grid(differences, against))
+    for grid in grids:
+        grid.print()
+    report = {
+        "models": as_json(scores),
+        "against": against,
+        "differences": {
+            model: {domain: interval_json(interval) for domain, interval in intervals.items()}
+            for model, intervals in differences.items()
+        },
+        "bootstrap": {"resamples": num_resamples, "seed": seed, "level": LEVEL},
+    }
+    if json_path is not None:
+        json_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if markdown_path is not None:
+        markdown_path.write_text("\n".join(grid.markdown() for grid in grids), encoding="utf-8")
+    return report
+
+
+def _source(corpus: str, corpora: Sequence[str], field: str) -> SourceConfig:
+    name, separator, path = corpus.partition("=")
+    if not separator or not name or not path:
+        raise ConfigError(f"--corpus {corpus!r}: expected NAME=PATH, for instance prose=heldout.jsonl")
+    if sum(other.startswith(f"{name}=") for other in corpora) > 1:
+        raise ConfigError(f"--corpus: two corpora are named {name!r}; give each its own name")
+    return SourceConfig(name=name, path=path, field=field)
