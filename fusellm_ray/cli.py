@@ -92,6 +92,13 @@ def check(config: Path, overrides: tuple[str, ...], no_cluster: bool) -> None:
 @click.option("--context", type=click.IntRange(min=2), help="Tokens read at once (default: at most 2048).")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")
+@click.option(
+    "--ensemble",
+    "ensembles",
+    multiple=True,
+    metavar="MODEL,MODEL,...",
+    help="Score the mean of these models' distributions, too, at the first MODEL's tokens.",
+)
 @click.option("--against", metavar="MODEL", help="Compare the others with this one (default: the first).")
 @click.option(
     "--resamples", type=click.IntRange(min=1), default=2000, show_default=True, help="Bootstrap draws."
@@ -107,6 +114,7 @@ def evaluate(
     context: int | None,
     dtype: str,
     threads: int | None,
+    ensembles: tuple[str, ...],
     against: str | None,
     resamples: int,
     seed: int,
@@ -124,12 +132,49 @@ def evaluate(
         context=context,
         dtype=dtype,
         threads=threads,
+        ensembles=ensembles,
         against=against,
         num_resamples=resamples,
         seed=seed,
         json_path=json_path,
         markdown_path=markdown_path,
     )
+
+
+@main.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL MODEL...")
+@click.option(
+    "--method",
+    type=click.Choice(["linear", "slerp", "ties", "dare", "sce"]),
+    default="linear",
+    show_default=True,
+)
+@click.option("--base", required=True, help="What the models continue; gives the tokenizer, too.")
+@click.option("--into", "out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option(
+    "--parameter",
+    "parameters",
+    multiple=True,
+    type=(str, float),
+    metavar="NAME NUMBER",
+    help="mergekit's own.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of dare's draws.")
+def merge(
+    models: tuple[str, ...],
+    method: str,
+    base: str,
+    out: Path,
+    parameters: tuple[tuple[str, float], ...],
+    seed: int,
+) -> None:
+    """Merge the weights of models that continue one base: what fusing must be better than."""
+    from fusellm_ray.evaluate.merge import merge_models
+
+    if out.exists() and any(out.iterdir()):
+        raise click.UsageError(f"{out} is not an empty folder")
+    merge_models(method, models, out, base=base, parameters=dict(parameters), seed=seed)  # type: ignore[arg-type]
+    click.echo(f"wrote {out}")
 
 
 @main.command()

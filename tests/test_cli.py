@@ -21,7 +21,7 @@ def test_help_answers_before_anything_heavy_is_imported():
         assert heavy not in result.stdout
 
 
-@pytest.mark.parametrize("command", ["quickstart", "train", "check", "evaluate", "export", "align"])
+@pytest.mark.parametrize("command", ["quickstart", "train", "check", "evaluate", "export", "align", "merge"])
 def test_every_command_has_help(command: str):
     result = fusellm(command, "--help")
     assert result.returncode == 0

@@ -39,12 +39,15 @@ def test_the_report_has_every_model_and_corpus_their_mean_and_paired_differences
         [f"x={tmp_path / 'x.txt'}", f"y={tmp_path / 'y.jsonl'}"],
         field="body",
         context=64,
+        ensembles=[",".join(names)],
         num_resamples=100,
         json_path=tmp_path / "out.json",
         markdown_path=tmp_path / "out.md",
     )
     assert json.loads((tmp_path / "out.json").read_text()) == report
-    assert list(report["models"]) == names
+    team = f"ensemble {','.join(names)}"
+    assert list(report["models"]) == [*names, team]
+    assert report["differences"].keys() == {names[1], team}
     bits = {
         model: {domain: score["bits_per_byte"] for domain, score in own["domains"].items()}
         for model, own in report["models"].items()

@@ -11,13 +11,16 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from fusellm_ray.config import ModelConfig, SourceConfig
+from fusellm_ray.config import ModelConfig, Resources, SourceConfig, TeacherConfig, TransformersEngine
+from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.errors import ConfigError
 from fusellm_ray.evaluate.bootstrap import LEVEL, NUM_RESAMPLES, PairedBootstrap
+from fusellm_ray.evaluate.ensemble import evaluate_ensemble
 from fusellm_ray.evaluate.table import as_json, difference_grid, interval_json, score_grid
 from fusellm_ray.perplexity import DocumentScore, by_domain, evaluate_model, held_out_documents
 
 DEFAULT_CONTEXT = 2048
+ENSEMBLE_TOP_K = 64
 
 
 def evaluate_models(
@@ -29,6 +32,7 @@ def evaluate_models(
     context: int | None = None,
     dtype: str = "float32",
     threads: int | None = None,
+    ensembles: Sequence[str] = (),
     against: str | None = None,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
@@ -41,6 +45,7 @@ def evaluate_models(
         models: folders or hub ids.
         corpora: `NAME=PATH` strings; a path may be JSONL, Parquet, text, a folder or a glob.
         context: tokens read at once; at most what the model reads.
+        ensembles: `TEACHER,TEACHER,…` strings, each scored as one more model, at the first model's tokens.
         against: the model that the others are compared with; default: the first.
         num_resamples, seed: of the bootstrap.
 
@@ -51,9 +56,10 @@ def evaluate_models(
         ConfigError: a corpus is not of the form NAME=PATH, two have one name, or `against` is no model.
     """
     models = list(dict.fromkeys(models))
+    teams = {f"ensemble {names}": _teachers(names) for names in ensembles}
     against = against or models[0]
-    if against not in models:
-        raise ConfigError(f"--against {against!r} is none of the models: {', '.join(models)}")
+    if against not in (*models, *teams):
+        raise ConfigError(f"--against {against!r} is none of the models: {', '.join((*models, *teams))}")
     if threads is not None:
         torch.set_num_threads(threads)
     documents = held_out_documents([_source(corpus, corpora, field) for corpus in corpora], max_bytes)
@@ -67,9 +73,14 @@ def evaluate_models(
                 device="cuda" if torch.cuda.is_available() else "cpu",
                 dtype=getattr(torch, dtype),
             )
+        target = ByteTokenizer.load(ModelConfig(model=models[0]).model)
+        for team, teachers in progress.track(teams.items(), description="ensembles"):
+            scored[team] = evaluate_ensemble(
+                teachers, target, documents, row_tokens=context or DEFAULT_CONTEXT
+            )
     scores = {model: by_domain(own) for model, own in scored.items()}
     bootstrap = PairedBootstrap(scored, num_resamples=num_resamples, seed=seed)
-    differences = {model: bootstrap.difference(model, against) for model in models if model != against}
+    differences = {model: bootstrap.difference(model, against) for model in scored if model != against}
     grids = [score_grid(scores, "bits per byte on held-out text (lower is better)")]
     if differences:
         grids.append(difference_grid(differences, against))
@@ -89,6 +100,16 @@ def evaluate_models(
     if markdown_path is not None:
         markdown_path.write_text("\n".join(grid.markdown() for grid in grids), encoding="utf-8")
     return report
+
+
+def _teachers(names: str) -> list[TeacherConfig]:
+    """The members of an ensemble. k only decides how finely a token is split where tokenizers differ."""
+    engine = TransformersEngine(threads=torch.get_num_threads())
+    gpus = Resources(num_gpus=float(torch.cuda.is_available()))
+    return [
+        TeacherConfig(name=f"member{i}", model=model, engine=engine, resources=gpus, top_k=ENSEMBLE_TOP_K)
+        for i, model in enumerate(names.split(","))
+    ]
 
 
 def _source(corpus: str, corpora: Sequence[str], field: str) -> SourceConfig:
