@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -26,6 +27,20 @@ class _Commands(click.Group):
             sys.exit(1)
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
+
+
+class _Step(click.ParamType):
+    name = "INTEGER|best"
+
+    def convert(
+        self, value: str, param: click.Parameter | None, context: click.Context | None
+    ) -> int | Literal["best"]:
+        if value == "best":
+            return "best"
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a step nor 'best'", param, context)
 
 
 @click.group(
@@ -181,8 +196,8 @@ def merge(
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[a.b=value ...]")
 @click.option("--into", "out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
-@click.option("--step", type=int, help="Checkpoint of this step (default: the latest).")
-def export(config: Path, overrides: tuple[str, ...], out: Path, step: int | None) -> None:
+@click.option("--step", type=_Step(), help="Checkpoint of this step, or best (default: the latest).")
+def export(config: Path, overrides: tuple[str, ...], out: Path, step: int | Literal["best"] | None) -> None:
     """Write a run's checkpoint as a folder that AutoModelForCausalLM loads, tokenizer included."""
     from fusellm_ray.config import load_config
 

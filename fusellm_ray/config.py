@@ -259,6 +259,15 @@ class ObjectiveConfig(Frozen):
     """Positions whose logits exist at once."""
 
 
+class EarlyStop(Frozen):
+    """Ends training where evaluations no longer improve; the run then counts as finished."""
+
+    patience: int = Field(ge=1)
+    """Evaluations in a row without an improvement of the mean bits per byte."""
+    min_delta: float = Field(default=0.0, ge=0)
+    """Bits per byte that an evaluation must be better to count as an improvement."""
+
+
 class TrainingConfig(Frozen):
     """The optimisation."""
 
@@ -277,6 +286,8 @@ class TrainingConfig(Frozen):
     clip_norm: float = Field(default=1.0, gt=0)
     max_skipped_steps: int = Field(default=3, ge=0)
     """Steps with a non-finite loss or gradient that are skipped before the run stops with an error."""
+    early_stop: EarlyStop | None = None
+    """Take it out of a run that stopped early to go on with it."""
 
 
 class TrainerConfig(Frozen):
@@ -304,13 +315,19 @@ class StreamConfig(Frozen):
 
 
 class EvaluationConfig(Frozen):
-    """Held-out text, scored during training and at its end in bits per byte."""
+    """Held-out text, scored during training and at its end in bits per byte, and prompts to go on from."""
 
     sources: list[SourceConfig] = []
     every_steps: int | None = Field(default=None, ge=1)
     """Default: at the end only."""
     max_bytes: int = Field(default=200_000, ge=1)
     """Bytes of each source that are scored."""
+    prompts: list[str] = []
+    """Texts that the target goes on from at each evaluation; the record has an event `sample` for each."""
+    sample_tokens: int = Field(default=64, ge=1)
+    """Target tokens of each sample; each costs a forward pass over all prompts."""
+    sample_temperature: float = Field(default=0.0, ge=0)
+    """0: the likeliest token each time. Draws depend on run.seed and the step alone."""
 
     @field_validator("sources")
     @classmethod
@@ -325,6 +342,8 @@ class CheckpointConfig(Frozen):
     every_steps: int = Field(default=100, ge=1)
     keep: int = Field(default=2, ge=1)
     """Latest checkpoints kept."""
+    keep_best: bool = False
+    """Keep, besides, the model with the least mean bits per byte on evaluation.sources; `export --step best`."""
 
 
 class RunConfig(Frozen):
@@ -373,6 +392,19 @@ class Config(Frozen):
             raise ValueError(
                 f"trainer.workers={self.trainer.workers} exceeds training.batch_rows={self.training.batch_rows}: "
                 "a rank would get no row; lower workers or raise batch_rows"
+            )
+        judged = [
+            key
+            for key, value in (
+                ("training.early_stop", self.training.early_stop),
+                ("checkpoint.keep_best", self.checkpoint.keep_best),
+            )
+            if value
+        ]
+        if judged and not (self.evaluation.sources and self.evaluation.every_steps):
+            raise ValueError(
+                f"{' and '.join(judged)} go by evaluations during training; give evaluation.sources and "
+                "evaluation.every_steps"
             )
         return self
 

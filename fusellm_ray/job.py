@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import ray
@@ -85,8 +85,8 @@ def run_job(
     display = display or make_display()
     checkpoints = Checkpoints(config.run.storage, config.run.name)
     saved = checkpoints.latest_state()
-    if saved is not None and saved["step"] >= config.training.steps:
-        display.note(f"{config.run.name}: all {config.training.steps} steps are done ({checkpoints.folder})")
+    if saved is not None and is_finished(saved, config):
+        display.note(f"{config.run.name}: finished at step {saved['step']} ({checkpoints.folder})")
         return Outcome(step=saved["step"], is_finished=True)
     identity = plan.preflight(config)
     # In this order: ray.init puts handlers of its own over those it finds.
@@ -128,8 +128,14 @@ def run_job(
             stop_pools(own_pools)
 
 
-def export_run(config: Config, out: Path, *, step: int | None = None) -> Path:
-    """Write a checkpoint of the run as a Hugging Face folder."""
+def is_finished(state: dict[str, Any], config: Config) -> bool:
+    """Whether a run's latest checkpoint is its last: all steps are done, or it stopped early, as it still should."""
+    has_stopped = config.training.early_stop is not None and state.get("stopped_early", False)
+    return has_stopped or state["step"] >= config.training.steps
+
+
+def export_run(config: Config, out: Path, *, step: int | Literal["best"] | None = None) -> Path:
+    """Write a checkpoint of the run as a Hugging Face folder; see `Checkpoints.local_copy`."""
     checkpoints = Checkpoints(config.run.storage, config.run.name)
     with checkpoints.local_copy(step) as directory:
         return export_model(directory, config.target, out)
@@ -325,7 +331,7 @@ def _fit(
     state = checkpoints.latest_state()
     if state is None:
         raise CheckpointError(f"{checkpoints.folder}: the run ended without a checkpoint; see Ray's logs")
-    return Outcome(step=state["step"], is_finished=state["step"] >= config.training.steps)
+    return Outcome(step=state["step"], is_finished=is_finished(state, config))
 
 
 def _explain_failure(error: BaseException, config: Config) -> FuseLLMError:

@@ -95,6 +95,7 @@ def preflight(config: Config) -> dict[str, Any]:
                 raise CorpusError(
                     f"evaluation source {source.name!r}: holds no document of two tokens to score"
                 )
+    _check_prompts(config, tokenizer, target)
     return {
         "target": _model_identity(config.target),
         "target_tokenizer": tokenizer.fingerprint,
@@ -103,6 +104,21 @@ def preflight(config: Config) -> dict[str, Any]:
         "batch_rows": config.training.batch_rows,
         "seed": config.run.seed,
     }
+
+
+def _check_prompts(config: Config, tokenizer: ByteTokenizer, target: ModelFacts) -> None:
+    evaluation = config.evaluation
+    for i, prompt in enumerate(evaluation.prompts):
+        length = len(tokenizer.sequence(prompt, ends_document=False).ids)
+        if length == 0:
+            raise ConfigError(
+                f"evaluation.prompts[{i}]={prompt!r} has no token to go on from; give it some text"
+            )
+        if length + evaluation.sample_tokens > target.max_context:
+            raise ConfigError(
+                f"evaluation.prompts[{i}] has {length} tokens and evaluation.sample_tokens={evaluation.sample_tokens}; "
+                f"target {config.target.model} reads {target.max_context} at once: shorten one of them"
+            )
 
 
 def demand(config: Config) -> dict[str, float]:

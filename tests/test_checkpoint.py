@@ -16,6 +16,7 @@ from fusellm_ray.target.checkpoint import (
     export_model,
     load_checkpoint,
     read_state,
+    training_tensors,
     write_checkpoint,
 )
 from fusellm_ray.target.model import build_target, make_optimizer, trainable_parameters
@@ -58,7 +59,9 @@ def save(mesh, folder, out, *, own_folders=False):
     optimizer = make_optimizer(model, TRAINING)
     for seed in range(2):
         step(model, optimizer, seed)
-    write_checkpoint(f"{out}/{mesh.get_rank()}" if own_folders else out, model, optimizer, STATE)
+    write_checkpoint(
+        f"{out}/{mesh.get_rank()}" if own_folders else out, training_tensors(model, optimizer), STATE
+    )
     return snapshot(model, optimizer)
 
 
@@ -143,7 +146,7 @@ def test_state_that_is_large_goes_to_several_files(model_folder, tmp_path, monke
     optimizer = make_optimizer(model, TRAINING)
     step(model, optimizer, 0)
     before = snapshot(model, optimizer)
-    write_checkpoint(tmp_path, model, optimizer, STATE)
+    write_checkpoint(tmp_path, training_tensors(model, optimizer), STATE)
     assert len(read_state(tmp_path)["files"]) > 3
     step(model, optimizer, 1)
     load_checkpoint(tmp_path, model, optimizer)
@@ -212,7 +215,9 @@ def test_a_checkpoint_of_another_model_is_refused_with_what_differs(saved, tmp_p
 def test_a_state_that_json_cannot_hold_is_not_written(model_folder, tmp_path):
     model = HeadedModel(load_causal_lm(ModelConfig(model=model_folder), dtype=torch.float32))
     with pytest.raises(ValueError, match="not JSON compliant"):
-        write_checkpoint(tmp_path, model, make_optimizer(model, TRAINING), {"loss": float("nan")})
+        write_checkpoint(
+            tmp_path, training_tensors(model, make_optimizer(model, TRAINING)), {"loss": float("nan")}
+        )
     assert not (tmp_path / STATE_FILE).exists()
 
 
@@ -272,7 +277,7 @@ def save_lora(mesh, folder, out):
     optimizer = make_optimizer(model, TRAINING)
     for seed in range(2):
         step(model, optimizer, seed)
-    write_checkpoint(out, model, optimizer, STATE)
+    write_checkpoint(out, training_tensors(model, optimizer), STATE)
     ids = torch.arange(9)[None]
     return model(ids, ids, torch.nn.functional.linear).tolist()
 

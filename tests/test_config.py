@@ -62,6 +62,16 @@ def refused(tree: dict) -> str:
     return str(caught.value)
 
 
+def test_what_goes_by_evaluations_during_training_needs_them():
+    tree = minimal() | {"checkpoint": {"keep_best": True}}
+    tree["training"] = {"steps": 3, "early_stop": {"patience": 2}}
+    wanted = "training.early_stop and checkpoint.keep_best go by evaluations"
+    assert wanted in refused(tree)
+    evaluation = {"sources": [{"name": "x", "path": "x.jsonl"}]}
+    assert wanted in refused(tree | {"evaluation": evaluation})
+    parse_config(tree | {"evaluation": evaluation | {"every_steps": 1}})
+
+
 def test_a_misspelt_key_names_the_one_that_was_meant():
     message = refused(minimal() | {"fuson": {}})
     assert "run.yaml" in message

@@ -19,9 +19,10 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fusellm_ray.config import Config, parse_config
+from fusellm_ray.config import Config, ModelConfig, parse_config
 from fusellm_ray.errors import CheckpointError, ClusterError, ConfigError, ModelError
-from fusellm_ray.job import export_run, run_job
+from fusellm_ray.job import Outcome, export_run, run_job
+from fusellm_ray.perplexity import evaluate_model, held_out_documents
 from fusellm_ray.target.storage import Checkpoints
 from fusellm_ray.teachers.service import start_pools, stop_pools
 from tests.runs import build_run
@@ -158,6 +159,38 @@ def test_a_killed_rank_comes_back_and_the_weights_are_those_of_an_undisturbed_ru
     assert killer.starts[1] < 6
     assert losses(config) == losses(undisturbed)
     assert_same_weights(weights(config, tmp_path / "killed"), weights(undisturbed, tmp_path / "undisturbed"))
+
+
+def test_a_run_that_no_longer_improves_ends_finished_with_samples_and_its_best_model(
+    tree: dict[str, Any], pools: dict[str, Any], tmp_path: Path
+):
+    evaluated = {
+        "sources": tree["corpus"]["sources"],
+        "every_steps": 1,
+        "max_bytes": 1000,
+        "prompts": ["def f(x):", "The"],
+        "sample_tokens": 4,
+    }
+    early = {"early_stop": {"patience": 2, "min_delta": 100.0}}  # so that no evaluation is an improvement
+    config = named(tree, "early", training=early, evaluation=evaluated, checkpoint={"keep_best": True})
+    assert run_job(config, pools=pools) == Outcome(step=3, is_finished=True)
+    lines = (Path(config.run.storage) / "early" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert run_job(config, pools=pools) == Outcome(step=3, is_finished=True)
+    bits = {r["step"]: r["bits_per_byte"] for r in records if r["event"] == "evaluation"}
+    assert list(bits) == [1, 2, 3]
+    assert [(r["step"], r["prompt"]) for r in records if r["event"] == "sample"] == [
+        (number, prompt) for number in bits for prompt in evaluated["prompts"]
+    ]
+    assert "no longer improve" in records[-1]["reason"]
+    best = export_run(config, tmp_path / "best", step="best")
+    scores = evaluate_model(
+        ModelConfig(model=str(best)),
+        held_out_documents(config.evaluation.sources, 1000),
+        row_tokens=config.corpus.row_tokens,
+    )
+    mean = sum(score.bits_per_byte for score in scores.values()) / len(scores)
+    assert mean == pytest.approx(min(bits.values()), rel=1e-5)
 
 
 def test_a_finished_run_is_left_alone(undisturbed: Config):

@@ -50,7 +50,9 @@ def step_line(record: dict[str, Any]) -> str:
 
 
 def event_line(record: dict[str, Any]) -> str:
-    """Anything that is not a step: start, evaluation, end."""
+    """Anything that is not a step: start, evaluation, sample, checkpoint, end."""
+    if record["event"] == "sample":
+        return f"sample  step {record['step']}  {record['prompt']!r} → {record['text']!r}"
     details = [
         f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
         for name, value in record.items()
@@ -116,8 +118,8 @@ class _Bars:
     def show(self, record: dict[str, Any]) -> None:
         if self._progress is None or self._task is None:
             return
-        if record["event"] == "evaluation":
-            self._console.print(event_line(record))
+        if record["event"] in ("evaluation", "sample"):
+            self._console.print(event_line(record), markup=False)
         if record["event"] != "step":
             return
         figures = "  ".join(step_line(record).split("  ")[1:])

@@ -43,25 +43,42 @@ FORMAT = 1
 """Of the folder; another number is refused."""
 FILE_BYTES = 1 << 30
 """Size of a file, about. A file is serialised in memory before it is written."""
+_MODEL = "model."
+"""What names of a model's tensors begin with."""
 
 # ---------------------------------------------------------------------------------------- write
 
 
+def training_tensors(model: HeadedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All tensors of the training state by their names in a checkpoint; the live ones, not copies."""
+    return _model_tensors(model.causal_lm) | _optimizer_tensors(model.causal_lm, optimizer)
+
+
+def model_part(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What an export needs of `training_tensors`."""
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(_MODEL)}
+
+
 def write_checkpoint(
-    directory: str | Path, model: HeadedModel, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+    directory: str | Path,
+    tensors: dict[str, Tensor],
+    state: Mapping[str, Any],
+    *,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Write model, optimiser and `state` into `directory`, the same on all ranks or one for each.
+    """Write tensors and `state` into `directory`, the same on all ranks or one for each.
 
     Every rank must call it.
 
     Args:
+        tensors: `training_tensors`, or a copy or part of them.
         state: goes into state.json, from rank 0; JSON-able, without the keys `format` and `files`.
+        group: over which ranks agree, default: all. One of its own lets another thread write while ranks train.
 
     Raises:
         CheckpointError: it cannot be written.
     """
     directory = Path(directory)
-    tensors = _model_tensors(model.causal_lm) | _optimizer_tensors(model.causal_lm, optimizer)
     try:
         with _quiet():
             dcp.save(
@@ -69,11 +86,12 @@ def write_checkpoint(
                 storage_writer=HuggingFaceStorageWriter(
                     str(directory), fqn_to_index_mapping=_file_numbers(tensors), save_distributed=True
                 ),
+                process_group=group,
                 no_dist=not dist.is_initialized(),
             )
         files = {path.name: path.stat().st_size for path in directory.glob("*.safetensors")}
         if dist.is_initialized():
-            parts = gather_json(files, next(model.parameters()).device)
+            parts = gather_json(files, group=group)
             files = {name: size for part in parts for name, size in part.items()}
         if not dist.is_initialized() or dist.get_rank() == 0:
             _write_state(directory, {**state, "format": FORMAT, "files": dict(sorted(files.items()))})
@@ -243,7 +261,7 @@ def _repair_generation_config(causal_lm: PreTrainedModel) -> None:
 
 
 def _model_tensors(causal_lm: nn.Module) -> dict[str, Tensor]:
-    return {f"model.{name}": p.detach() for name, p in trainable_parameters(causal_lm).items()}
+    return {f"{_MODEL}{name}": p.detach() for name, p in trainable_parameters(causal_lm).items()}
 
 
 def _optimizer_tensors(causal_lm: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -272,7 +290,7 @@ def _saved_shapes(files: str) -> dict[str, torch.Size]:
 def _require_same_model(
     directory: str | Path, shapes: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]
 ) -> None:
-    saved = {key: str(list(size)) for key, size in shapes.items() if key.startswith("model.")}
+    saved = {key: str(list(size)) for key, size in shapes.items() if key.startswith(_MODEL)}
     wanted = {key: str(list(tensor.shape)) for key, tensor in tensors.items()}
     changes = explain_changes(saved, wanted)
     if changes:

@@ -1,6 +1,7 @@
 """Where a run's checkpoints lie: a folder, or an object store, as Ray Train writes it.
 
 STORAGE/NAME/step_00000200/{state.json, *.safetensors, …}
+STORAGE/NAME/best_00000150/   the same without the optimiser's state, where checkpoint.keep_best asks for it
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow.fs
 
@@ -19,11 +20,17 @@ from fusellm_ray.errors import CheckpointError
 from fusellm_ray.target.checkpoint import STATE_FILE
 
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
+BEST_FOLDER = re.compile(r"best_(\d{8,})")
 
 
 def step_folder(step: int) -> str:
     """Name of a checkpoint's folder: sorts by step."""
     return f"step_{step:08d}"
+
+
+def best_folder(step: int) -> str:
+    """Name of the folder of the best model so far."""
+    return f"best_{step:08d}"
 
 
 class Checkpoints:
@@ -47,25 +54,24 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending: those with every file that their state.json names."""
-        return [step for step in self._folders() if self._complete_state(step) is not None]
+        return [step for step in self._folders() if self._complete_state(step_folder(step)) is not None]
 
     def latest_state(self) -> dict[str, Any] | None:
         """state.json of the latest complete checkpoint; None where there is none."""
-        states = (self._complete_state(step) for step in reversed(self._folders()))
+        states = (self._complete_state(step_folder(step)) for step in reversed(self._folders()))
         return next((state for state in states if state is not None), None)
 
     @contextlib.contextmanager
-    def local_copy(self, step: int | None = None) -> Iterator[Path]:
+    def local_copy(self, step: int | Literal["best"] | None = None) -> Iterator[Path]:
         """A complete checkpoint as a local folder: itself on a local disk, else a temporary copy.
+
+        Args:
+            step: default: the latest; `best`: the model with the best evaluation, without the optimiser's state.
 
         Raises:
             CheckpointError: there is no complete checkpoint, or none of that step.
         """
-        steps = self.steps()
-        if not steps or (step is not None and step not in steps):
-            wanted = "checkpoint" if step is None else f"step {step}"
-            raise CheckpointError(f"{self.folder}: no {wanted}; complete checkpoints: {steps or 'none'}")
-        path = f"{self._root}/{step_folder(steps[-1] if step is None else step)}"
+        path = f"{self._root}/{self._best() if step == 'best' else step_folder(self._one_of(step))}"
         if isinstance(self._filesystem, pyarrow.fs.LocalFileSystem):
             yield Path(path)
             return
@@ -73,18 +79,34 @@ class Checkpoints:
             pyarrow.fs.copy_files(path, directory, source_filesystem=self._filesystem)
             yield Path(directory)
 
-    def _folders(self) -> list[int]:
+    def _one_of(self, step: int | None) -> int:
+        steps = self.steps()
+        if not steps or (step is not None and step not in steps):
+            wanted = "checkpoint" if step is None else f"step {step}"
+            raise CheckpointError(f"{self.folder}: no {wanted}; complete checkpoints: {steps or 'none'}")
+        return steps[-1] if step is None else step
+
+    def _best(self) -> str:
+        for step in reversed(self._folders(BEST_FOLDER)):
+            if self._complete_state(best_folder(step)) is not None:
+                return best_folder(step)
+        raise CheckpointError(
+            f"{self.folder}: no best model was kept; set checkpoint.keep_best and evaluation.every_steps before "
+            "training, or export a step"
+        )
+
+    def _folders(self, pattern: re.Pattern[str] = STEP_FOLDER) -> list[int]:
         """Steps that have a folder, ascending."""
         entries = self._filesystem.get_file_info(pyarrow.fs.FileSelector(self._root, allow_not_found=True))
-        matches = (STEP_FOLDER.fullmatch(entry.base_name) for entry in entries)
+        matches = (pattern.fullmatch(entry.base_name) for entry in entries)
         return sorted(int(match[1]) for match in matches if match)
 
-    def _complete_state(self, step: int) -> dict[str, Any] | None:
-        """state.json of the step, None unless it is there and so is, in its size, every file it names.
+    def _complete_state(self, name: str) -> dict[str, Any] | None:
+        """state.json of a checkpoint's folder, None unless it is there and so is, in its size, every file it names.
 
         Ray copies the ranks' files side by side, in any order: state.json may be there before the others are.
         """
-        folder = f"{self._root}/{step_folder(step)}"
+        folder = f"{self._root}/{name}"
         entries = self._filesystem.get_file_info(pyarrow.fs.FileSelector(folder, allow_not_found=True))
         sizes = {entry.base_name: entry.size for entry in entries if entry.is_file}
         if STATE_FILE not in sizes:

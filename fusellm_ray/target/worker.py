@@ -1,6 +1,7 @@
 """A trainer rank from its start to its end: Ray Train calls `train_loop` on every worker.
 
-    restore or begin → for each step: take the joined batch → forward and backward → step → record → (checkpoint)
+    restore or begin → for each step: take the joined batch → forward and backward → step → record
+                                      → (evaluate) → (checkpoint, written while the next steps run)
 
 All that differs between ranks is which rows they read. Every sum is over all ranks, and every decision (skip, stop,
 checkpoint) is taken from such a sum, so ranks never part ways.
@@ -9,9 +10,8 @@ checkpoint) is taken from such a sum, so ranks never part ways.
 from __future__ import annotations
 
 import math
-import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import ray
@@ -28,11 +28,11 @@ from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.errors import ModelError
 from fusellm_ray.fusion.loss import ObjectiveOutput, objective
 from fusellm_ray.models import HeadedModel, model_facts
-from fusellm_ray.perplexity import bits_per_byte, held_out_documents
-from fusellm_ray.perplexity import sum_over_ranks as sum_scores_over_ranks
+from fusellm_ray.perplexity import held_out_documents
 from fusellm_ray.stream.client import TeacherAddress, TeacherStream
+from fusellm_ray.target import evaluation
 from fusellm_ray.target.batches import MicroBatch, RankBatches, StepBatch
-from fusellm_ray.target.checkpoint import load_checkpoint, read_state, write_checkpoint
+from fusellm_ray.target.checkpoint import load_checkpoint, read_state
 from fusellm_ray.target.collectives import gather_json, sum_over_ranks
 from fusellm_ray.target.model import (
     build_target,
@@ -41,8 +41,8 @@ from fusellm_ray.target.model import (
     make_optimizer,
     set_learning_rate,
 )
+from fusellm_ray.target.saving import CheckpointWriter
 from fusellm_ray.target.statistics import StepStatistics
-from fusellm_ray.target.storage import step_folder
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class Progress:
     """Steps skipped for a non-finite loss or gradient."""
     cursors: dict[str, Any] | None = None
     """Shard → cursor of its reader, of all ranks; None at the start."""
+    best: evaluation.Best = field(default_factory=evaluation.Best)
+    stopped_early: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def train_loop(spec: dict[str, Any]) -> None:
     config = rank.config
     progress = _restore(rank)
     rank.record("start", step=progress.step, ranks=rank.num_ranks)
+    writer = CheckpointWriter(lambda step, s: rank.record("checkpoint", step=step, seconds=s))
     batches = _open_batches(rank, progress)
     saved_step = progress.step
     stop_reason: str | None = None
@@ -118,15 +121,17 @@ def train_loop(spec: dict[str, Any]) -> None:
             figures["time/wait_share"] = figures["time/wait_s"] / seconds
             answer = rank.record("step", step=progress.step, steps=config.training.steps, **figures)
 
+            is_best = evaluation.is_due(config, progress.step) and _evaluate(rank, progress)
+            if progress.stopped_early:
+                stop_reason = "stopped early: held-out bits per byte no longer improve"
             is_last = progress.step == config.training.steps or stop_reason is not None
-            if is_last or progress.step - saved_step >= config.checkpoint.every_steps:
-                _save(rank, progress)
+            is_due = is_last or progress.step - saved_step >= config.checkpoint.every_steps
+            writer.check()
+            if is_due or (is_best and config.checkpoint.keep_best):
+                _save(rank, progress, writer, is_due=is_due, is_best=is_best and config.checkpoint.keep_best)
+            if is_due:
                 saved_step = progress.step
-            every = config.evaluation.every_steps
-            if rank.held_out and (
-                progress.step == config.training.steps or (every and progress.step % every == 0)
-            ):
-                _evaluate(rank, progress)
+        writer.wait()
     finally:
         batches.close()
     end = rank.record("end", step=progress.step, reason=stop_reason or "finished")
@@ -244,22 +249,24 @@ def _forward(rank: Rank, batch: MicroBatch, *, denominator: float) -> ObjectiveO
     return ObjectiveOutput(loss=loss, clm=clm, fusion=fusion, listened=listened)
 
 
-def _evaluate(rank: Rank, progress: Progress) -> None:
-    """Bits per byte on the held-out text; every rank scores its share."""
-    scores = sum_scores_over_ranks(
-        bits_per_byte(
-            rank.model,
-            rank.tokenizer,
-            rank.held_out,
-            row_tokens=rank.config.corpus.row_tokens,
-            batch_rows=rank.config.training.micro_rows,
-            shard=rank.index,
-            num_shards=rank.num_ranks,
+def _evaluate(rank: Rank, progress: Progress) -> bool:
+    """Bits per byte on the held-out text, and samples; True if the target is the best so far."""
+    config, is_best = rank.config, False
+    if rank.held_out:
+        figures = evaluation.held_out_figures(
+            rank.model, rank.tokenizer, rank.held_out, config, rank=rank.index, num_ranks=rank.num_ranks
         )
-    )
-    figures = {f"bits_per_byte/{domain}": score.bits_per_byte for domain, score in scores.items()}
-    figures["bits_per_byte"] = math.fsum(figures.values()) / len(figures)
-    rank.record("evaluation", step=progress.step, **figures)
+        rank.record("evaluation", step=progress.step, **figures)
+        is_best = progress.best.add(figures["bits_per_byte"], config.training.early_stop)
+        progress.stopped_early = progress.best.is_exhausted(config.training.early_stop)
+    if config.evaluation.prompts:
+        seed = hash((config.run.seed, progress.step)) % 2**63
+        texts = evaluation.sample(
+            rank.model, rank.tokenizer, config.evaluation, seed=seed, device=rank.device
+        )
+        for prompt, text in zip(config.evaluation.prompts, texts, strict=True):
+            rank.record("sample", step=progress.step, prompt=prompt, text=text)
+    return is_best
 
 
 # ---------------------------------------------------------------------------------------- checkpoints
@@ -273,24 +280,25 @@ def _restore(rank: Rank) -> Progress:
     with checkpoint.as_directory() as directory:
         state = read_state(directory)
         load_checkpoint(directory, rank.model, rank.optimizer)
-    return Progress(step=state["step"], skipped=state["skipped"], cursors=state["cursors"])
+    return Progress(
+        step=state["step"],
+        skipped=state["skipped"],
+        cursors=state["cursors"],
+        best=evaluation.Best(**state["best"]),
+    )
 
 
-def _save(rank: Rank, progress: Progress) -> None:
-    """Each rank writes its part; Ray Train brings the parts together in the run's storage."""
-    parts = gather_json(progress.cursors, rank.device)
+def _save(rank: Rank, progress: Progress, writer: CheckpointWriter, *, is_due: bool, is_best: bool) -> None:
+    """Copy the state; `writer` brings every rank's part to the run's storage."""
+    parts = gather_json(progress.cursors)
     merged = {shard: cursor for part in parts for shard, cursor in part.items()}
     state = {
         "step": progress.step,
         "skipped": progress.skipped,
         "cursors": dict(sorted(merged.items(), key=lambda item: int(item[0]))),
+        "best": asdict(progress.best),
+        "stopped_early": progress.stopped_early,
         "identity": rank.task.identity,
         "config": rank.config.model_dump(mode="json"),
     }
-    with tempfile.TemporaryDirectory(prefix="fusellm_ray_") as directory:
-        write_checkpoint(directory, rank.model, rank.optimizer, state)
-        ray.train.report(
-            {"step": progress.step},
-            checkpoint=ray.train.Checkpoint.from_directory(directory),
-            checkpoint_dir_name=step_folder(progress.step),
-        )
+    writer.save(rank.model, rank.optimizer, state, is_due=is_due, is_best=is_best)
