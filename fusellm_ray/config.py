@@ -355,6 +355,8 @@ class RunConfig(Frozen):
     seed: int = 0
     start_timeout_s: float = Field(default=900.0, gt=0)
     """How long to wait for the cluster to give what the run asks for (an autoscaler may need minutes)."""
+    sinks: list[Literal["tensorboard", "wandb", "mlflow"]] = []
+    """Where figures go besides metrics.jsonl. Addresses and keys: the services' own environment variables."""
 
 
 FROZEN_TARGET = "frozen_target"

@@ -35,6 +35,7 @@ from fusellm_ray.config import Config
 from fusellm_ray.errors import CheckpointError, ClusterError, FuseLLMError, TeacherLostError
 from fusellm_ray.observe.progress import Display, make_display
 from fusellm_ray.observe.records import RecordLog
+from fusellm_ray.observe.sinks import Sinks
 from fusellm_ray.stream.client import TeacherAddress
 from fusellm_ray.target.checkpoint import explain_changes, export_model
 from fusellm_ray.target.control import RunControl
@@ -295,11 +296,13 @@ def _fit(
 
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     log = RecordLog(checkpoints.folder)
+    settings = config.model_dump(mode="json")
+    sinks = Sinks(config.run.sinks, checkpoints.folder, settings, on_problem=display.note)
     asked_to_stop = False
     started = time.monotonic()
     has_said_so = False
     thread.start()
-    with display, log:
+    with display, log, sinks:
         while True:
             thread.join(POLL_S)
             running = thread.is_alive()
@@ -322,6 +325,7 @@ def _fit(
                 display.note(f"{num_dropped} records were dropped before this driver could read them")
             for record in records:
                 log.write(record)
+                sinks.write(record)
                 display.show(record)
             if not running:
                 break

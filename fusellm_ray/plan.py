@@ -20,6 +20,7 @@ from fusellm_ray.corpus.source import Corpus
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.errors import ClusterError, ConfigError, CorpusError
 from fusellm_ray.models import ModelFacts, model_facts
+from fusellm_ray.observe.sinks import require_packages
 from fusellm_ray.perplexity import held_out_documents
 
 SAMPLE_ROWS = 8
@@ -70,6 +71,7 @@ def preflight(config: Config) -> dict[str, Any]:
     Raises:
         ConfigError, ModelError, TokenizerError, CorpusError: the first thing that cannot work.
     """
+    require_packages(config.run.sinks)
     target = model_facts(config.target)
     if config.corpus.row_tokens > target.max_context:
         raise ConfigError(
