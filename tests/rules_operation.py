@@ -165,6 +165,8 @@ def the_operators_accept_it(setup: Setup) -> Iterator[str]:
             own = spec.get("rayClusterSpec", {})
             if own.get("enableInTreeAutoscaling") or not spec.get("shutdownAfterJobFinishes"):
                 yield f"{name}: Kueue wants a fixed cluster that ends with the job"
+            if "suspend" in spec:
+                yield f"{name}: suspend is Kueue's; a second `kubectl apply` would stop the job"
 
 
 def _references(setup: Setup) -> Iterator[tuple[str, str, str]]:

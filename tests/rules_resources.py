@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+
+import click
+from ray.scripts.scripts import start as ray_start
 
 from fusellm_ray.config import Config
 from fusellm_ray.job import LOCAL_RAY_ENVIRONMENT
@@ -42,6 +46,20 @@ def ray_counts_the_gpus_of_the_container(setup: Setup) -> Iterator[str]:
             counted = types[group["groupName"]]["resources"].get("GPU", 0)
             if has != counted:
                 yield f"{group['groupName']}: Ray counts {counted} GPUs, the container has {has:g}"
+
+
+@rule
+def ray_starts_with_the_groups_parameters(setup: Setup) -> Iterator[str]:
+    for pod in setup.ray_pods():
+        # As KubeRay writes the command: ray-operator/controllers/ray/common/pod.go, generateRayStartCommand.
+        words = ["--head"] if pod.role == "head" else ["--address=fusellm-head-svc:6379"]
+        words += [f"--{name}={value}" for name, value in pod.group.get("rayStartParams", {}).items()]
+        resources = {name: float(number) for name, number in pod.group.get("resources", {}).items()}
+        words += [f"--resources={json.dumps(resources)}", "--block"]
+        try:
+            ray_start.make_context("ray start", words)
+        except click.ClickException as error:
+            yield f"{pod.name}: ray start {' '.join(words)}: {error.format_message()}"
 
 
 @rule
