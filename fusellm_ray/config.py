@@ -290,10 +290,34 @@ class TrainingConfig(Frozen):
     """Take it out of a run that stopped early to go on with it."""
 
 
+class Workers(Frozen):
+    """How many ranks train: a number, or as many as there is room for."""
+
+    min: int = Field(default=1, ge=1)
+    max: int = Field(ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        return {"min": value, "max": value} if isinstance(value, int) else value
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.min != self.max
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Workers:
+        if self.min > self.max:
+            raise ValueError(f"min={self.min} exceeds max={self.max}; raise max or lower min")
+        return self
+
+
 class TrainerConfig(Frozen):
     """The Ray Train worker group."""
 
-    workers: int = Field(default=1, ge=1)
+    workers: Workers = Workers(max=1)
+    """Ranks. {min: 2, max: 8}: elastic; the group restarts from its latest checkpoint where nodes come or go. Global
+    batches are the same on any number."""
     use_gpu: bool = False
     resources_per_worker: dict[str, float] = {}
     """Asked of Ray for each rank besides its GPU; for instance {train_slot: 1}."""
@@ -390,9 +414,17 @@ class Config(Frozen):
             raise ValueError(
                 "trainer.resources_per_worker asks for GPUs and trainer.use_gpu is false; set it true"
             )
-        if self.trainer.workers > self.training.batch_rows:
+        own = {name for name, amount in self.trainer.resources_per_worker.items() if amount}
+        workers = self.trainer.workers
+        if workers.is_elastic and not own - {"CPU", "GPU", "memory"}:
             raise ValueError(
-                f"trainer.workers={self.trainer.workers} exceeds training.batch_rows={self.training.batch_rows}: "
+                "trainer.workers is elastic, and trainer.resources_per_worker asks for no custom resource: Ray counts "
+                "a node's CPUs and GPUs without what teachers take of them; give trainer nodes one, such as "
+                "train_slot, and ask for {train_slot: 1}"
+            )
+        if workers.max > self.training.batch_rows:
+            raise ValueError(
+                f"trainer.workers={workers.max} exceeds training.batch_rows={self.training.batch_rows}: "
                 "a rank would get no row; lower workers or raise batch_rows"
             )
         judged = [

@@ -161,7 +161,9 @@ def local_or_running_cluster(config: Config) -> Iterator[None]:
             address="local",
             include_dashboard=False,
             log_to_driver=False,
-            object_store_memory=max(4 * config.stream.in_flight_bytes * config.trainer.workers, 256 << 20),
+            object_store_memory=max(
+                4 * config.stream.in_flight_bytes * config.trainer.workers.max, 256 << 20
+            ),
         )
     try:
         yield
@@ -266,11 +268,12 @@ def _fit(
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.run.start_timeout_s)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    workers = config.trainer.workers
     trainer = ray.train.torch.TorchTrainer(
         train_loop,
         train_loop_config={"task": task},
         scaling_config=ScalingConfig(
-            num_workers=config.trainer.workers,
+            num_workers=(workers.min, workers.max) if workers.is_elastic else workers.max,
             use_gpu=config.trainer.use_gpu,
             resources_per_worker=config.trainer.resources_per_worker or None,
         ),

@@ -138,7 +138,9 @@ def demand(config: Config) -> dict[str, float]:
     # As Ray Train counts: a rank asks for its GPU, or else one CPU, unless it is told what to ask for.
     own = {"GPU": 1.0} if config.trainer.use_gpu else {"CPU": 1.0}
     told = config.trainer.resources_per_worker
-    add(({"GPU": 1.0} | told if config.trainer.use_gpu else told) if told else own, config.trainer.workers)
+    add(
+        ({"GPU": 1.0} | told if config.trainer.use_gpu else told) if told else own, config.trainer.workers.min
+    )
     return needs
 
 
@@ -235,9 +237,9 @@ def make_plan(config: Config, *, with_cluster: bool = True) -> Plan:
         warnings += _compare_with_cluster(config)
     return Plan(
         target=target,
-        workers=config.trainer.workers,
+        workers=config.trainer.workers.min,
         tokens_per_step=config.training.batch_rows * config.corpus.row_tokens,
-        target_memory_bytes=target.num_parameters * _OPTIMISER_BYTES // config.trainer.workers,
+        target_memory_bytes=target.num_parameters * _OPTIMISER_BYTES // config.trainer.workers.min,
         teachers=tuple(teachers),
         num_cpus=needs.get("CPU", 0.0),
         num_gpus=needs.get("GPU", 0.0),

@@ -29,6 +29,7 @@ def ray_session() -> Iterator[None]:
         address="local",
         include_dashboard=False,
         num_cpus=8,
+        resources={"train_slot": 1},
         object_store_memory=512 << 20,
         log_to_driver=False,
     )

@@ -72,6 +72,22 @@ def test_what_goes_by_evaluations_during_training_needs_them():
     parse_config(tree | {"evaluation": evaluation | {"every_steps": 1}})
 
 
+def test_elastic_workers_need_a_resource_that_teachers_do_not_take():
+    elastic = {"workers": {"min": 1, "max": 4}, "resources_per_worker": {"CPU": 1}}
+    assert "asks for no custom resource" in refused(minimal() | {"trainer": elastic})
+    elastic["resources_per_worker"] = {"train_slot": 1}
+    workers = parse_config(minimal() | {"trainer": elastic}).trainer.workers
+    assert (workers.min, workers.max, workers.is_elastic) == (1, 4, True)
+    assert not parse_config(minimal() | {"trainer": {"workers": 2}}).trainer.workers.is_elastic
+    assert "did you mean 'min'?" in refused(minimal() | {"trainer": {"workers": {"mim": 1, "max": 2}}})
+    few = minimal()
+    few["training"]["batch_rows"] = 3
+    assert "trainer.workers=4 exceeds training.batch_rows=3" in refused(few | {"trainer": elastic})
+    few["training"]["batch_rows"] = 4
+    assert "min=4 exceeds max=2" in refused(minimal() | {"trainer": {"workers": {"min": 4, "max": 2}}})
+    assert "trainer.workers" in refused(minimal() | {"trainer": {"workers": 0}})
+
+
 def test_a_misspelt_key_names_the_one_that_was_meant():
     message = refused(minimal() | {"fuson": {}})
     assert "run.yaml" in message

@@ -119,6 +119,18 @@ def test_a_resume_on_one_rank_goes_on_with_the_same_batches(
     assert losses(second) == pytest.approx(losses(undisturbed), rel=1e-6)
 
 
+def test_an_elastic_run_starts_with_what_there_is_and_has_the_same_batches(
+    tree: dict[str, Any], pools: dict[str, Any], undisturbed: Config
+):
+    # The session's node has one train_slot: one of at most three ranks.
+    elastic = {"workers": {"min": 1, "max": 3}, "resources_per_worker": {"CPU": 0.2, "train_slot": 1}}
+    config = named(tree, "elastic", trainer=elastic)
+    assert run_job(config, pools=pools).is_finished
+    first = (Path(config.run.storage) / "elastic" / "metrics.jsonl").read_text().splitlines()[0]
+    assert json.loads(first) == {"event": "start", "step": 0, "ranks": 1}
+    assert losses(config) == pytest.approx(losses(undisturbed), rel=1e-6)
+
+
 class KillRank:
     """A display that ends one rank's process, as the kernel would, when a step is recorded."""
 
