@@ -53,6 +53,9 @@ class LoraConfig(Frozen):
     alpha: float = Field(default=32.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    quantise: Literal["nf4"] | None = None
+    """nf4: hold the frozen linear layers in 4 bits (QLoRA, bitsandbytes). Every rank holds all of them; adapters are
+    sharded. Export merges into the model's own weights."""
 
 
 class TargetConfig(ModelConfig):

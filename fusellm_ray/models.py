@@ -10,7 +10,7 @@ that both are sound for its architecture.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -74,12 +74,17 @@ def model_facts(config: ModelConfig) -> ModelFacts:
 
 
 def load_causal_lm(
-    config: ModelConfig, *, dtype: torch.dtype, attention: str | None = None
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    attention: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load a model's weights from safetensors onto the CPU, in eval mode.
 
     Args:
         attention: implementation by transformers' name; None is the architecture's own default.
+        options: further arguments of from_pretrained.
 
     Raises:
         ModelError: missing folder, no safetensors, hub id out of reach, or no causal language model.
@@ -92,7 +97,7 @@ def load_causal_lm(
             name, adapter_kwargs=adapter, use_safetensors=True, **kwargs
         )
 
-    return _from_pretrained(load, config, **_kind(dtype, attention))
+    return _from_pretrained(load, config, **_kind(dtype, attention), **(options or {}))
 
 
 def build_on_meta(

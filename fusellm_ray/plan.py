@@ -22,6 +22,7 @@ from fusellm_ray.errors import ClusterError, ConfigError, CorpusError
 from fusellm_ray.models import ModelFacts, model_facts
 from fusellm_ray.observe.sinks import require_packages
 from fusellm_ray.perplexity import held_out_documents
+from fusellm_ray.target.quantise import require_bitsandbytes
 
 SAMPLE_ROWS = 8
 """Rows of the corpus on which `check` measures alignment."""
@@ -80,6 +81,8 @@ def preflight(config: Config) -> dict[str, Any]:
         )
     if config.target.lora is not None and importlib.util.find_spec("peft") is None:
         raise ConfigError("target.lora needs PEFT, which is not installed: pip install peft")
+    if config.target.lora is not None and config.target.lora.quantise is not None:
+        require_bitsandbytes()
     tokenizer = ByteTokenizer.of_model(config.target, target.vocab_size)
     for i, teacher in enumerate(config.active_teachers):
         _teacher_tokenizer(i, teacher, tokenizer)

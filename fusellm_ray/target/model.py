@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from fusellm_ray.config import LoraConfig, TargetConfig, TrainingConfig
 from fusellm_ray.errors import ConfigError, ModelError
 from fusellm_ray.models import HeadedModel, build_on_meta, check_head, check_packing, load_causal_lm
+from fusellm_ray.target.quantise import is_quantised, keep_trainable, load_quantised, quantised_parameters
 
 # ---------------------------------------------------------------------------------------- build
 
@@ -38,13 +39,17 @@ from fusellm_ray.models import HeadedModel, build_on_meta, check_head, check_pac
 def build_target(config: TargetConfig, mesh: DeviceMesh) -> HeadedModel:
     """Load the target and shard it over `mesh` (one dimension, all ranks). Every rank must call it.
 
+    Quantised layers are not sharded: each rank loads them for itself.
+
     The model's own dropout stays off: a step's gradient depends on its rows alone.
 
     Raises:
         ModelError: it cannot be loaded, or its architecture does not fit the objective.
-        ConfigError: LoRA is asked for and PEFT is not installed.
+        ConfigError: LoRA is asked for and PEFT is not installed, or bitsandbytes.
     """
-    if mesh.get_rank() == 0:
+    if config.lora is not None and config.lora.quantise is not None:
+        causal_lm = load_quantised(config, mesh)
+    elif mesh.get_rank() == 0:
         causal_lm = load_causal_lm(config, dtype=torch.float32, attention=config.attention)
         if not config.attention.startswith("flash"):  # which runs on a GPU in half precision only
             check_head(causal_lm)
@@ -53,6 +58,7 @@ def build_target(config: TargetConfig, mesh: DeviceMesh) -> HeadedModel:
     causal_lm.eval()
     if config.lora is not None:
         add_adapters(causal_lm, config.lora)
+    keep_trainable(causal_lm)
     model = HeadedModel(causal_lm)
     _shard(model, config, mesh)
     check_packing(model)
@@ -72,10 +78,11 @@ def add_adapters(causal_lm: PreTrainedModel, config: LoraConfig) -> nn.Module:
         import peft
     except ImportError as error:
         raise ConfigError("target.lora needs PEFT, which is not installed: pip install peft") from error
+    alpha: Any = config.alpha  # a whole number by PEFT's annotation alone
     adapters = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=config.rank,
-        lora_alpha=config.alpha,
+        lora_alpha=alpha,
         lora_dropout=config.dropout,
         target_modules=config.target_modules,
     )
@@ -94,16 +101,17 @@ def _shard(model: HeadedModel, config: TargetConfig, mesh: DeviceMesh) -> None:
         param_dtype=torch.bfloat16 if config.dtype == "bfloat16" else None, reduce_dtype=torch.float32
     )
     blocks = transformer_blocks(model.causal_lm)
+    whole = quantised_parameters(model)
     shared: dict[Tensor, Tensor | None] = dict.fromkeys(_shared_tensors(model))
     for block in blocks:
         _materialise(block.modules(), mesh, shared)
         if config.activation_checkpointing:
             # In place of `forward`, inside FSDP's hooks, so that the names of parameters do not change.
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        fully_shard(block, mesh=mesh, mp_policy=precision)
+        fully_shard(block, mesh=mesh, mp_policy=precision, ignored_params=whole)
     in_blocks = {module for block in blocks for module in block.modules()}
     _materialise((module for module in model.modules() if module not in in_blocks), mesh, shared)
-    fully_shard(model, mesh=mesh, mp_policy=precision)
+    fully_shard(model, mesh=mesh, mp_policy=precision, ignored_params=whole)
     model.register_forward_hook(_reshard_after_inference)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -131,8 +139,10 @@ def transformer_blocks(causal_lm: PreTrainedModel) -> list[nn.Module]:
 
 
 def _slots(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-    """Where the modules' own parameters and buffers are held: (dict, key, tensor)."""
+    """Where the modules' own parameters and buffers are held: (dict, key, tensor); none of quantised layers."""
     for module in modules:
+        if is_quantised(module):
+            continue
         tensors: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for own in tensors:
             for name, tensor in own.items():
