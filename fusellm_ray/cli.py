@@ -98,6 +98,20 @@ def check(config: Path, overrides: tuple[str, ...], no_cluster: bool) -> None:
 
 
 @main.command()
+@click.argument("run", metavar="CONFIG|RUN_FOLDER")
+@click.argument("overrides", nargs=-1, metavar="[a.b=value ...]")
+@click.option("--watch", is_flag=True, help="Show it again and again until the run is over.")
+def status(run: str, overrides: tuple[str, ...], watch: bool) -> None:
+    """How a run stands: teachers, queues, win shares, waits, losses, time left. From any terminal."""
+    from fusellm_ray.observe.records import History, read_records
+    from fusellm_ray.observe.status import show_status
+
+    folder = _run_folder(run, overrides)
+    state = show_status(folder, lambda: History.of(read_records(folder)), watch=watch)
+    sys.exit(1 if state.word == "failed" else 0)
+
+
+@main.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--corpus", "corpora", multiple=True, required=True, metavar="NAME=PATH", help="Held-out text.")
 @click.option(
@@ -250,3 +264,17 @@ def align(
         max_bytes=max_bytes,
         json_path=json_path,
     )
+
+
+def _run_folder(run: str, overrides: tuple[str, ...]) -> str:
+    """The folder of a run, which may be given by its config."""
+    if "://" in run or Path(run).is_dir():
+        return run
+    from fusellm_ray.config import load_config
+
+    settings = load_config(run, overrides).run
+    return f"{settings.storage.rstrip('/')}/{settings.name}"
+
+
+if __name__ == "__main__":
+    main()

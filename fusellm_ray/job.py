@@ -41,7 +41,7 @@ from fusellm_ray.target.checkpoint import explain_changes, export_model
 from fusellm_ray.target.control import RunControl
 from fusellm_ray.target.storage import Checkpoints
 from fusellm_ray.target.worker import TrainTask, train_loop
-from fusellm_ray.teachers.service import start_pools, stop_pools, wait_ready
+from fusellm_ray.teachers.service import PoolWatch, start_pools, stop_pools, wait_ready
 
 POLL_S = 0.3
 """How often the driver looks for new records."""
@@ -301,6 +301,7 @@ def _fit(
     log = RecordLog(checkpoints.folder)
     settings = config.model_dump(mode="json")
     sinks = Sinks(config.run.sinks, checkpoints.folder, settings, on_problem=display.note)
+    watch = PoolWatch({address.name: address.pool for address in addresses})
     asked_to_stop = False
     started = time.monotonic()
     has_said_so = False
@@ -330,11 +331,16 @@ def _fit(
                 log.write(record)
                 sinks.write(record)
                 display.show(record)
+            states = watch.poll()
+            if states:
+                log.write({"event": "teachers", "pools": states})
             if not running:
                 break
-    ray.kill(control)
-    if failure:
-        raise _explain_failure(failure[0], config) from failure[0]
+        ray.kill(control)
+        if failure:
+            explained = _explain_failure(failure[0], config)
+            log.write({"event": "failed", "error": str(explained)})
+            raise explained from failure[0]
     state = checkpoints.latest_state()
     if state is None:
         raise CheckpointError(f"{checkpoints.folder}: the run ended without a checkpoint; see Ray's logs")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.head import Head, running_head
 from tests.tokenizers import KINDS, build
 
 
@@ -35,6 +36,13 @@ def ray_session() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def ray_head() -> Iterator[Head]:
+    """One Ray head in processes of its own, with token authentication, for tests of jobs and of operation."""
+    with running_head() as head:
+        yield head
 
 
 @pytest.fixture

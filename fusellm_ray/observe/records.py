@@ -1,41 +1,141 @@
-"""The record of a run as JSON lines: what each step measured, in the order it happened.
+"""The record of a run as JSON lines: what each step measured, in the order it happened, written by the driver.
+
+    {"time": 1790000000.0, "event": "start" | "step" | "evaluation" | "teachers" | "end" | "failed", ...}
 
 A run that resumed repeats the steps after its last checkpoint; of two lines for one step the later counts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+import pyarrow.fs
+
+from fusellm_ray.errors import ConfigError
+
 METRICS_FILE = "metrics.jsonl"
+_UPLOAD_S = 30.0
+"""Between two uploads of the record to an object store."""
+
+logger = logging.getLogger(__name__)
 
 
 class RecordLog:
     """Appends records to metrics.jsonl in the run's folder.
 
     Args:
-        folder: the run's folder. For an object store (a URI) the lines go to ./NAME.metrics.jsonl beside the
-            driver, because object stores cannot append.
+        folder: the run's folder. Object stores (URIs) cannot append: there the file is kept on this node and
+            uploaded whole, now and then and at the end.
     """
 
     def __init__(self, folder: str) -> None:
-        name = folder.rstrip("/").rsplit("/", 1)[-1]
-        self.path = Path(f"{name}.{METRICS_FILE}") if "://" in folder else Path(folder) / METRICS_FILE
+        self._remote = f"{folder.rstrip('/')}/{METRICS_FILE}" if "://" in folder else None
+        self._path = Path(folder) / METRICS_FILE
+        self._stack = contextlib.ExitStack()
         self._file: TextIO | None = None
+        self._uploaded_at = time.monotonic()
 
     def __enter__(self) -> RecordLog:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a", encoding="utf-8")
+        if self._remote is not None:
+            folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="fusellm_ray_"))
+            self._path = Path(folder) / METRICS_FILE
+            filesystem, path = pyarrow.fs.FileSystem.from_uri(self._remote)
+            if filesystem.get_file_info(path).type == pyarrow.fs.FileType.File:
+                with filesystem.open_input_stream(path) as source, self._path.open("wb") as copy:
+                    shutil.copyfileobj(source, copy)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._stack.enter_context(self._path.open("a", encoding="utf-8"))
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._remote is not None:
+            self._upload()
+        self._stack.close()
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one line, readable by others at once."""
+        """Append one line, readable by others at once (in an object store: after the next upload)."""
         assert self._file is not None, "used as a context manager"
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps({"time": round(time.time(), 3)} | record) + "\n")
         self._file.flush()
+        if self._remote is not None and time.monotonic() - self._uploaded_at > _UPLOAD_S:
+            self._upload()
+
+    def _upload(self) -> None:
+        assert self._remote is not None
+        filesystem, path = pyarrow.fs.FileSystem.from_uri(self._remote)
+        try:
+            with self._path.open("rb") as source, filesystem.open_output_stream(path) as copy:
+                shutil.copyfileobj(source, copy)
+        except OSError as error:  # the run matters more than its record
+            logger.warning("%s could not be written (%s)", self._remote, error)
+        self._uploaded_at = time.monotonic()
+
+
+@dataclass
+class History:
+    """A run so far; of repeated steps only the later."""
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    """Ascending by step."""
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    teachers: list[dict[str, Any]] = field(default_factory=list)
+    """How the pools stood, now and then."""
+    last: dict[str, Any] = field(default_factory=dict)
+    """The latest record of all."""
+
+    def add(self, record: dict[str, Any]) -> None:
+        event = record["event"]
+        if event == "start":
+            self.steps = [r for r in self.steps if r["step"] <= record["step"]]
+            self.evaluations = [r for r in self.evaluations if r["step"] <= record["step"]]
+        kept = {"step": self.steps, "evaluation": self.evaluations, "teachers": self.teachers}.get(event)
+        if kept is not None:
+            kept.append(record)
+        self.last = record
+
+    @classmethod
+    def of(cls, records: Iterable[dict[str, Any]]) -> History:
+        history = cls()
+        for record in records:
+            history.add(record)
+        return history
+
+
+def read_records(folder: str) -> list[dict[str, Any]]:
+    """All records in a run's folder (a path or a URI), oldest first.
+
+    Raises:
+        ConfigError: there are none, or the file is none of ours.
+    """
+    uri = folder.rstrip("/") if "://" in folder else str(Path(folder).expanduser().resolve())
+    try:
+        filesystem, path = pyarrow.fs.FileSystem.from_uri(f"{uri}/{METRICS_FILE}")
+        with filesystem.open_input_stream(path) as stream:
+            lines = stream.read().decode().splitlines(keepends=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{folder}: no {METRICS_FILE} can be read there ({error}); give a run's folder or its config, of a run "
+            "that has begun to train"
+        ) from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):  # it is being written
+            break
+        try:
+            record = json.loads(line)
+            record["event"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{folder}/{METRICS_FILE}, line {number}: is no record of a run ({error})"
+            ) from error
+        records.append(record)
+    return records

@@ -28,6 +28,7 @@ from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.errors import ModelError
 from fusellm_ray.fusion.loss import ObjectiveOutput, objective
 from fusellm_ray.models import HeadedModel, model_facts
+from fusellm_ray.observe.metrics import RankMetrics
 from fusellm_ray.perplexity import held_out_documents
 from fusellm_ray.stream.client import TeacherAddress, TeacherStream
 from fusellm_ray.target import evaluation
@@ -82,6 +83,7 @@ class Rank:
     model: HeadedModel
     optimizer: torch.optim.Optimizer
     held_out: list[Document]
+    metrics: RankMetrics
 
     @property
     def config(self) -> Config:
@@ -89,7 +91,10 @@ class Rank:
 
     def record(self, event: str, **figures: Any) -> ray.ObjectRef | None:
         """Tell the driver; only rank 0 does. The answer is the driver's reason to stop, or None."""
-        return self.task.control.record.remote({"event": event} | figures) if self.index == 0 else None
+        if self.index != 0:
+            return None
+        self.metrics.record(event, figures)
+        return self.task.control.record.remote({"event": event} | figures)
 
 
 def train_loop(spec: dict[str, Any]) -> None:
@@ -119,6 +124,7 @@ def train_loop(spec: dict[str, Any]) -> None:
             figures["perf/tokens_per_s"] = figures["tokens"] / seconds
             figures["time/step_s"] = seconds
             figures["time/wait_share"] = figures["time/wait_s"] / seconds
+            rank.metrics.step(wait_share=waited_s / seconds, tokens_per_s=batch.num_gold / seconds)
             answer = rank.record("step", step=progress.step, steps=config.training.steps, **figures)
 
             is_best = evaluation.is_due(config, progress.step) and _evaluate(rank, progress)
@@ -158,6 +164,7 @@ def _set_up(task: TrainTask) -> Rank:
         model=model,
         optimizer=make_optimizer(model, config.training),
         held_out=held_out_documents(evaluation.sources, evaluation.max_bytes) if evaluation.sources else [],
+        metrics=RankMetrics(config.run.name, context.get_world_rank()),
     )
 
 

@@ -25,6 +25,7 @@ from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
 from fusellm_ray.config import AlignmentConfig, ModelConfig, TeacherConfig, TransformersEngine
 from fusellm_ray.errors import AlignmentError, ClusterError, FuseLLMError
+from fusellm_ray.observe.metrics import PoolMetrics
 from fusellm_ray.stream.address import REFRESH_S, HandleTable
 from fusellm_ray.stream.failures import cause_of, summary_of
 from fusellm_ray.teachers.replica import TeacherReplica
@@ -89,6 +90,9 @@ class TeacherPool:
         self._scaler = Scaler(teacher.replicas)
         self._decisions: collections.deque[Decision] = collections.deque(maxlen=100)
         self._waited_s = 0.0
+        self._num_restarts = 0
+        self._metrics = PoolMetrics(teacher.name)
+        self._keep(self._publish())
         for _ in range(teacher.replicas.min):
             self._add()
         if teacher.replicas.max > teacher.replicas.min:
@@ -132,6 +136,8 @@ class TeacherPool:
             problems=tuple(f"replica {m.number}: {m.problem}" for m in self._members.values() if m.problem),
             description=self._description,
             decisions=tuple(self._decisions),
+            queued_tokens=self._queued_tokens(),
+            restarts=self._num_restarts,
         )
 
     async def stats(self) -> dict[int, ReplicaStats]:
@@ -273,6 +279,7 @@ class TeacherPool:
             "teacher %s, replica %d: %s; it is restarted", self._teacher.name, member.number, problem
         )
         member.state, member.problem = "starting", problem
+        self._num_restarts += 1
         self._version += 1
         if is_hung:
             ray.kill(member.handle, no_restart=False)
@@ -328,6 +335,20 @@ class TeacherPool:
             queued_tokens=queued,
             tokens_per_s=positions / busy_s if busy_s else 0.0,
         )
+
+    async def _publish(self) -> None:
+        """Tell Prometheus how the pool stands."""
+        while True:
+            self._metrics.show(
+                ready=sum(m.state == "ready" for m in self._members.values()),
+                starting=sum(m.state == "starting" for m in self._members.values()),
+                queued_tokens=self._queued_tokens(),
+                restarts=self._num_restarts,
+            )
+            await asyncio.sleep(_BEAT_S)
+
+    def _queued_tokens(self) -> int:
+        return sum(m.beat.queued_tokens for m in self._members.values() if m.beat and m.state == "ready")
 
     async def _drain(self, member: _Member) -> None:
         """End a replica once it has answered what it was asked."""

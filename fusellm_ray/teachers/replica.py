@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 import uuid
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from fusellm_ray.config import AlignmentConfig, ModelConfig, TeacherConfig
 from fusellm_ray.errors import EngineError
+from fusellm_ray.observe.metrics import ReplicaMetrics
 from fusellm_ray.teachers.report import Description, Heartbeat, ReplicaStats
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ class TeacherReplica:
         self._incarnation = uuid.uuid4().hex
         self._loading: asyncio.Task[TeacherScorer] | None = None
         self._scorer: TeacherScorer | None = None
+        self._metrics = ReplicaMetrics(teacher.name)
 
     def __repr__(self) -> str:  # Ray puts it in front of this process's log lines
         return f"teacher {self._teacher.name}"
@@ -63,11 +66,15 @@ class TeacherReplica:
             FrameError: the request cannot be read.
             EngineError: not loaded (again) yet, or the engine answered wrongly; worth another try.
         """
-        return await self._loaded().answer(request)
+        started = time.monotonic()
+        answer = await self._loaded().answer(request)
+        self._metrics.answered(time.monotonic() - started)
+        return answer
 
     async def heartbeat(self) -> Heartbeat:
         scorer = self._loaded()
         stats = scorer.stats
+        self._metrics.follow(positions=stats.positions, frame_bytes=stats.frame_bytes)
         return Heartbeat(
             incarnation=self._incarnation,
             queued_tokens=scorer.queued_tokens,

@@ -113,3 +113,7 @@ class PoolStatus:
     """Of the first replica that was ready."""
     decisions: tuple[Decision, ...] = ()
     """Latest changes of the number of replicas, oldest first."""
+    queued_tokens: int = 0
+    """Target tokens asked for and not answered."""
+    restarts: int = 0
+    """Times a replica that was up had to be brought up again."""

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from fusellm_ray.config import Config
 from fusellm_ray.errors import ClusterError, FuseLLMError
+from fusellm_ray.stream.failures import cause_of, summary_of
 from fusellm_ray.teachers.pool import STOP_TIMEOUT_S, TeacherPool
 from fusellm_ray.teachers.report import Description, PoolStatus
 
@@ -66,6 +67,47 @@ def wait_ready(
                 f"teachers are not up after {timeout_s:.0f} s (run.start_timeout_s): {waiting}. {_shortage()}"
             )
         time.sleep(0.2)
+
+
+class PoolWatch:
+    """Asks pools how they stand, now and then, and never waits for an answer.
+
+    Args:
+        pools: handles by teacher.
+        every_s: between two rounds.
+    """
+
+    def __init__(self, pools: Mapping[str, Any], every_s: float = 10.0) -> None:
+        self._pools = pools
+        self._every_s = every_s
+        self._asked: dict[str, Any] = {}
+        self._round_at = time.monotonic()
+
+    def poll(self) -> dict[str, dict[str, Any]] | None:
+        """By teacher, once a round, when all have answered or the next round begins; else None."""
+        is_due = time.monotonic() >= self._round_at
+        waiting = (
+            self._asked and ray.wait([*self._asked.values()], num_returns=len(self._asked), timeout=0)[1]
+        )
+        answers = None
+        if self._asked and (is_due or not waiting):
+            answers = {name: self._answer(ref, is_late=ref in waiting) for name, ref in self._asked.items()}
+            self._asked = {}
+        if is_due:
+            self._asked = {name: pool.status.remote() for name, pool in self._pools.items()}
+            self._round_at = time.monotonic() + self._every_s
+        return answers
+
+    def _answer(self, ref: Any, *, is_late: bool) -> dict[str, Any]:
+        try:
+            status = None if is_late else ray.get(ref)
+            problems = ["its pool does not answer"] if status is None else list(status.problems)
+        except RayError as error:
+            status, problems = None, [summary_of(cause_of(error))]
+        figures = {
+            name: getattr(status, name, 0) for name in ("ready", "wanted", "queued_tokens", "restarts")
+        }
+        return figures | {"problems": problems}
 
 
 def stop_pools(pools: Mapping[str, Any]) -> None:

@@ -1,0 +1,117 @@
+"""A run's record, and what `fusellm-ray status` makes of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fusellm_ray.errors import ConfigError
+from fusellm_ray.observe.records import History, RecordLog, read_records
+from fusellm_ray.observe.status import duration, render, state_of
+
+
+def step(number: int, **figures: Any) -> dict[str, Any]:
+    return {
+        "time": 100.0 + number,
+        "event": "step",
+        "step": number,
+        "steps": 10,
+        "loss": 1.0,
+        "time/step_s": 1.0,
+    } | figures
+
+
+def start(number: int = 0) -> dict[str, Any]:
+    return {"time": 100.0, "event": "start", "step": number, "ranks": 2}
+
+
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_a_log_opened_again_goes_on_and_reads_back_in_a_folder_and_under_a_uri(tmp_path: Path, prefix: str):
+    folder = f"{prefix}{tmp_path}/run"
+    if prefix:  # an object store has no folders to make
+        (tmp_path / "run").mkdir()
+    for number in (1, 2):
+        with RecordLog(folder) as log:
+            log.write(step(number))
+    assert [r["step"] for r in read_records(folder)] == [1, 2]
+    assert all(r["time"] > 0 for r in read_records(folder))
+
+
+def test_a_line_that_is_being_written_is_not_read_yet(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(step(1)) + "\n" + json.dumps(step(2))[:20])
+    assert [r["step"] for r in read_records(str(tmp_path))] == [1]
+
+
+@pytest.mark.parametrize("text", ["{\n", "3\n", '{"a": 1}\n'])
+def test_a_file_that_is_no_record_is_refused_with_the_line(tmp_path: Path, text: str):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(step(1)) + "\n" + text)
+    with pytest.raises(ConfigError, match="line 2"):
+        read_records(str(tmp_path))
+
+
+def test_a_folder_without_a_record_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"no metrics\.jsonl"):
+        read_records(str(tmp_path))
+
+
+def test_a_resume_takes_back_the_steps_after_its_checkpoint():
+    history = History.of([start(), step(1), step(2), step(3), start(1), step(2, loss=5.0)])
+    assert [(r["step"], r["loss"]) for r in history.steps] == [(1, 1.0), (2, 5.0)]
+
+
+@pytest.mark.parametrize(
+    ("records", "now", "word", "text"),
+    [
+        ([start()], 101.0, "starting", "no step yet"),
+        ([start(), step(1), step(4)], 105.0, "training", "step 4 of 10 (40.0%), 1 s a step, about 6 s left"),
+        ([start(), step(1)], 1000.0, "stale", "no record for 14 min 59 s"),
+        ([step(10), {"time": 120.0, "event": "end", "step": 10, "reason": "finished"}], 1e6, "finished", "step 10"),
+        ([step(5), {"time": 120.0, "event": "end", "step": 5, "reason": "SIGTERM"}], 1e6, "stopped", "SIGTERM"),
+        ([step(5), {"time": 120.0, "event": "failed", "error": "out of memory"}], 1e6, "failed", "out of memory"),
+        ([{"time": 9.0, "event": "end", "step": 5, "reason": "SIGTERM"}, start(5), step(6)], 107.0, "training", "6 of"),
+    ],
+)  # fmt: skip
+def test_a_run_is_in_the_state_that_its_latest_records_say(
+    records: list[dict[str, Any]], now: float, word: str, text: str
+):
+    state = state_of(History.of(records), now)
+    assert state.word == word
+    assert text in state.text
+
+
+def test_long_steps_are_not_taken_for_silence():
+    slow = {"time/step_s": 60.0}
+    assert state_of(History.of([start(), step(1, **slow)]), 700.0).word == "training"
+
+
+def test_teachers_are_shown_with_their_pool_and_the_means_of_their_figures():
+    figures = [{"teacher/left/win_share": share, "teacher/left/coverage": 1.0} for share in (0.25, 0.75)]
+    pool = {"ready": 1, "wanted": 2, "queued_tokens": 1234, "restarts": 3, "problems": ["replica 1: no GPU"]}
+    records = [start(), step(1, **figures[0]), step(2, **figures[1])]
+    records.append({"time": 103.0, "event": "teachers", "pools": {"left": pool}})
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(render("my-run", History.of(records), 104.0))
+    text = capture.get()
+    for shown in (
+        "my-run",
+        "1/2",
+        "1,234",
+        "0.500",
+        "1.000",
+        "teacher left: replica 1: no GPU",
+        "last record 1 s ago, last step 2 s ago",
+    ):
+        assert shown in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "0 s"), (59.4, "59 s"), (200, "3 min 20 s"), (18720, "5 h 12 min"), (183600, "2 d 3 h")],
+)
+def test_durations_have_the_two_units_that_matter(seconds: float, text: str):
+    assert duration(seconds) == text
