@@ -112,6 +112,21 @@ def status(run: str, overrides: tuple[str, ...], watch: bool) -> None:
 
 
 @main.command()
+@click.argument("run", metavar="CONFIG|RUN_FOLDER")
+@click.argument("overrides", nargs=-1, metavar="[a.b=value ...]")
+@click.option("--into", "out", type=click.Path(path_type=Path), help="File to write (default: ./NAME.html).")
+@click.option(
+    "--scores", type=click.Path(path_type=Path), help="Models to compare: what `evaluate --json` wrote."
+)
+def report(run: str, overrides: tuple[str, ...], out: Path | None, scores: Path | None) -> None:
+    """A run as one HTML page that needs no network: losses, teachers, waits, alignment, comparison."""
+    folder = _run_folder(run, overrides)
+    from fusellm_ray.report.write import write_report
+
+    click.echo(f"wrote {write_report(folder, out, scores)}")
+
+
+@main.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--corpus", "corpora", multiple=True, required=True, metavar="NAME=PATH", help="Held-out text.")
 @click.option(

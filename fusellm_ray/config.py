@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from fusellm_ray.credentials import find_credentials
 from fusellm_ray.errors import ConfigError
 
 
@@ -516,6 +517,13 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 def parse_config(tree: Mapping[str, Any], where: str = "config") -> Config:
     """Validate an already parsed tree; `preset` in it names a starting point."""
     tree = dict(tree)
+    secrets = find_credentials(tree)
+    if secrets:  # before anything else, for other messages show the value they refuse
+        raise ConfigError(
+            f"{where}: holds credentials, and configurations are saved and shown\n  "
+            + "\n  ".join(f"{path}: {kind}" for path, kind in secrets)
+            + "\ngive them to every node by its environment (AWS_ACCESS_KEY_ID, HF_TOKEN, …) or its role instead"
+        )
     preset = tree.pop("preset", None)
     if preset is not None:
         if preset not in PRESETS:

@@ -33,6 +33,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from fusellm_ray import plan
 from fusellm_ray.config import Config
 from fusellm_ray.errors import CheckpointError, ClusterError, FuseLLMError, TeacherLostError
+from fusellm_ray.observe.failures import group_failures
 from fusellm_ray.observe.progress import Display, make_display
 from fusellm_ray.observe.records import RecordLog
 from fusellm_ray.observe.sinks import Sinks
@@ -307,6 +308,7 @@ def _fit(
     has_said_so = False
     thread.start()
     with display, log, sinks:
+        log.write({"event": "run", "config": settings})
         while True:
             thread.join(POLL_S)
             running = thread.is_alive()
@@ -338,7 +340,7 @@ def _fit(
                 break
         ray.kill(control)
         if failure:
-            explained = _explain_failure(failure[0], config)
+            explained = explain_failure(failure[0], config)
             log.write({"event": "failed", "error": str(explained)})
             raise explained from failure[0]
     state = checkpoints.latest_state()
@@ -347,7 +349,8 @@ def _fit(
     return Outcome(step=state["step"], is_finished=is_finished(state, config))
 
 
-def _explain_failure(error: BaseException, config: Config) -> FuseLLMError:
+def explain_failure(error: BaseException, config: Config) -> FuseLLMError:
+    """What `TorchTrainer.fit` raised, as an error of ours."""
     if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
         return ClusterError(
             f"the ranks could not be placed within {_patience_s(config):.0f} s: "
@@ -357,13 +360,10 @@ def _explain_failure(error: BaseException, config: Config) -> FuseLLMError:
     if ours is not None:
         return ours
     if isinstance(error, TrainingFailedError):
-        failures = getattr(error, "worker_failures", {})
-        grouped: dict[str, list[int]] = {}
-        for rank, cause in failures.items():
-            grouped.setdefault(str(cause).strip(), []).append(rank)
-        text = "\n".join(f"rank(s) {', '.join(map(str, ranks))}: {cause}" for cause, ranks in grouped.items())
+        text = group_failures(getattr(error, "worker_failures", {}))
         return ClusterError(
-            f"the worker group failed more often than trainer.max_failures allows\n{text or error}"
+            f"the worker group failed more often than trainer.max_failures={config.trainer.max_failures} allows\n"
+            f"{text or error}"
         )
     return ClusterError(f"training ended with {type(error).__name__}: {error}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -97,13 +98,15 @@ def running_head(num_cpus: int = 4) -> Iterator[Head]:
         environment=environment | {"RAY_ADDRESS": f"127.0.0.1:{gcs}"},
         token=token,
     )
+    own = [psutil.Process(process.pid)]
     try:
         _wait_for_jobs_api(head, process, log)
+        own += own[0].children(recursive=True)
         yield head
+        assert process.poll() is None, f"the head has died\n{log.read_text()}"
     finally:
-        children = psutil.Process(process.pid).children(recursive=True)
         process.terminate()
-        _, left = psutil.wait_procs([*children, psutil.Process(process.pid)], timeout=10)
+        _, left = psutil.wait_procs(own, timeout=10)
         for child in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
@@ -112,12 +115,14 @@ def running_head(num_cpus: int = 4) -> Iterator[Head]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody listens on now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Ports of this machine that nobody uses now, below those that the system gives to connections."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            found += [port] if port not in found else []
+    return found
 
 
 def _wait_for_jobs_api(head: Head, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -36,7 +36,7 @@ class Job:
     client: subprocess.Popen[bytes]
     log: Path
 
-    def wait_for(self, pattern: str, timeout: float = 300) -> re.Match[str]:
+    def wait_for(self, pattern: str, timeout: float = 500) -> re.Match[str]:
         """Wait until the job's log, as its submitter sees it, has something."""
         deadline = time.monotonic() + timeout
         while True:
@@ -99,7 +99,7 @@ def live(ray_head: Head, folder: Path) -> Iterator[Job]:
     job.wait_for("step 2/1000000 ")
     yield job
     ray_head.ray("job", "stop", job.name)
-    job.client.wait(timeout=60)
+    job.client.wait(timeout=180)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def stopped(ray_head: Head, live: Job) -> str:
     """What `ray job stop` ended with, and what stood in the log by then."""
     result = ray_head.ray("job", "stop", live.name)
     assert result.returncode == 0, result.stdout + result.stderr
-    live.client.wait(timeout=60)
+    live.client.wait(timeout=180)
     return live.log.read_text()
 
 
@@ -223,7 +223,7 @@ def test_the_same_job_submitted_again_goes_on_and_succeeds(
     (saved,) = Checkpoints(tree["run"]["storage"], "run").steps()
     last = saved + 2
     again = submit(ray_head, "again", folder, "fusellm-ray", "train", "run.yaml", f"training.steps={last}")
-    assert again.client.wait(timeout=300) == 0, again.log.read_text()[-5000:]
+    assert again.client.wait(timeout=550) == 0, again.log.read_text()[-5000:]
     text = again.log.read_text()
     assert f"start  step {saved}" in text
     assert f"end  step {last}  reason finished" in text
@@ -235,7 +235,7 @@ def test_the_same_job_submitted_again_goes_on_and_succeeds(
 
 def test_a_job_that_cannot_work_fails_with_the_message_in_its_log(ray_head: Head, folder: Path):
     failed = submit(ray_head, "wrong", folder, "fusellm-ray", "train", "wrong.yaml")
-    assert failed.client.wait(timeout=300) == 1
+    assert failed.client.wait(timeout=500) == 1
     assert "did you mean 'training'?" in failed.log.read_text()
     status = ask(ray_head, "/api/jobs/wrong", ray_head.token)
     assert (status["status"], status["driver_exit_code"]) == ("FAILED", 1)

@@ -63,6 +63,11 @@ def test_a_resume_takes_back_the_steps_after_its_checkpoint():
     assert [(r["step"], r["loss"]) for r in history.steps] == [(1, 1.0), (2, 5.0)]
 
 
+def test_the_configuration_is_that_of_the_latest_start():
+    runs = [{"time": 1.0, "event": "run", "config": {"n": n}} for n in (1, 2)]
+    assert History.of([runs[0], start(), step(1), runs[1]]).config == {"n": 2}
+
+
 @pytest.mark.parametrize(
     ("records", "now", "word", "text"),
     [

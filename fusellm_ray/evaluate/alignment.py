@@ -38,7 +38,7 @@ PIECE_CHARS = 4000
 """Characters of a text that are aligned at once."""
 PASSAGE_CHARS = 400
 
-_COLOURS = {
+COLOURS = {
     Kind.EXACT: "green",
     Kind.PREFIX: "cyan",
     Kind.STRADDLED: "yellow",
@@ -95,7 +95,7 @@ def show_alignment(
     _print_figures(figures)
     console = Console()
     console.print(picture(aligner, sequences[0], PASSAGE_CHARS, console.width))
-    console.print(Text.assemble("boundary: ", *((f"{k.name.lower()}  ", _COLOURS[k]) for k in _COLOURS)))
+    console.print(Text.assemble("boundary: ", *((f"{k.name.lower()}  ", COLOURS[k]) for k in COLOURS)))
     if json_path is not None:
         json_path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return figures
@@ -109,7 +109,7 @@ def picture(aligner: Aligner, sequences: Sequences, num_chars: int, width: int) 
     """
     passage = sequences.text.decode()[:num_chars]
     kinds = position_kinds(aligner, sequences)
-    colours = [_COLOURS[Kind(k)] for k in [Kind.NONE, *kinds]]
+    colours = [COLOURS[Kind(k)] for k in [Kind.NONE, *kinds]]
     target_ends, teacher_ends = sequences.target_ends, sequences.teacher_ends
     both = (set(target_ends.tolist()), set(teacher_ends.tolist()))
     out, upper, lower = Text(), Text(), Text()

@@ -1,6 +1,6 @@
 """The record of a run as JSON lines: what each step measured, in the order it happened, written by the driver.
 
-    {"time": 1790000000.0, "event": "start" | "step" | "evaluation" | "teachers" | "end" | "failed", ...}
+    {"time": 1790000000.0, "event": "run" | "start" | "step" | "evaluation" | "teachers" | "end" | "failed", ...}
 
 A run that resumed repeats the steps after its last checkpoint; of two lines for one step the later counts.
 """
@@ -89,11 +89,15 @@ class History:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     teachers: list[dict[str, Any]] = field(default_factory=list)
     """How the pools stood, now and then."""
+    config: dict[str, Any] | None = None
+    """Of its latest start."""
     last: dict[str, Any] = field(default_factory=dict)
     """The latest record of all."""
 
     def add(self, record: dict[str, Any]) -> None:
         event = record["event"]
+        if event == "run":
+            self.config = record["config"]
         if event == "start":
             self.steps = [r for r in self.steps if r["step"] <= record["step"]]
             self.evaluations = [r for r in self.evaluations if r["step"] <= record["step"]]
