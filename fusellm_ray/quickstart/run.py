@@ -29,6 +29,7 @@ from fusellm_ray.job import export_run, local_or_running_cluster, run_job
 from fusellm_ray.observe.progress import make_display
 from fusellm_ray.perplexity import DomainScore, bits_per_byte, held_out_documents, load_model
 from fusellm_ray.quickstart.zoo import DEFAULT_CACHE, Zoo, build_zoo
+from fusellm_ray.report.write import SCORES_FILE
 from fusellm_ray.target.storage import Checkpoints
 
 ARMS = {"fused": "fused", "clm": "CLM only"}
@@ -77,6 +78,9 @@ def run_quickstart(
     Console().print(
         f"fused is {abs(gain):.4f} bits per byte {verdict} than CLM only, on the mean over domains"
     )
+    folder = Path(Checkpoints(runs["fused"].run.storage, runs["fused"].run.name).folder)
+    (folder / SCORES_FILE).write_text(json.dumps({"models": as_json(scores)}), encoding="utf-8")
+    console.print(f"the fused run as a page: fusellm-ray report {folder}")
     if json_path is not None:
         report = {"seed": seed, "scores": as_json(scores), "gain": gain, "seconds": seconds}
         json_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -21,8 +21,8 @@ from fusellm_ray.observe.records import History
 from fusellm_ray.observe.status import duration, state_of
 from fusellm_ray.report.charts import Series, Unit, line_chart
 
-Scores = Mapping[str, Mapping[str, Any]]
-"""Model → {mean, domains: {domain: {bits_per_byte, …}}}: what `fusellm-ray evaluate --json` writes."""
+Scores = Mapping[str, Any]
+"""What `fusellm-ray evaluate --json` writes: models and, where it compared them, their differences."""
 
 
 def render_page(run: str, history: History, *, scores: Scores | None = None, passages: str = "") -> str:
@@ -162,7 +162,7 @@ def _teacher_table(history: History) -> str:
         figures = ("win_share", "coverage", "fidelity", "residual")
         means = [_mean(recent, f"teacher/{name}/{figure}") for figure in figures]
         means += [_mean(recent, f"teacher/{name}/advantage/{domain}") for domain in _domains(history)]
-        rows.append((name, means))
+        rows.append((name, [_number(mean) for mean in means]))
     if not rows:
         return ""
     headings = ["win share", "coverage", "fidelity", "residual"]
@@ -172,16 +172,35 @@ def _teacher_table(history: History) -> str:
 
 
 def _comparison(scores: Scores) -> str:
-    domains = sorted({domain for score in scores.values() for domain in score["domains"]})
+    models = scores["models"]
+    domains = list(dict.fromkeys(domain for score in models.values() for domain in score["domains"]))
+    values = {
+        model: [score["domains"].get(d, {}).get("bits_per_byte", math.nan) for d in domains] + [score["mean"]]
+        for model, score in models.items()
+    }
+    best = [min(v for v in column if not math.isnan(v)) for column in zip(*values.values(), strict=True)]
     rows = [
         (
             model,
-            [score["domains"].get(d, {}).get("bits_per_byte", math.nan) for d in domains] + [score["mean"]],
+            [
+                f"<b>{_number(v)}</b>" if v == least else _number(v)
+                for v, least in zip(own, best, strict=True)
+            ],
         )
-        for model, score in scores.items()
+        for model, own in values.items()
     ]
-    table = _table("model", [*domains, "mean"], rows, best=min)
-    return _section("Models compared", table, "Bits per byte on held-out text; lower is better.")
+    body = _table("model", [*domains, "mean"], rows)
+    if scores.get("differences"):
+        columns = list(dict.fromkeys(d for intervals in scores["differences"].values() for d in intervals))
+        rows = [
+            (model, [_interval(intervals.get(column, {})) for column in columns])
+            for model, intervals in scores["differences"].items()
+        ]
+        level = scores.get("bootstrap", {}).get("level")
+        sure = f", with {level:.0%} intervals over documents" if level else ""
+        against = html.escape(str(scores.get("against")))
+        body += f'<p class="note">Difference to {against}{sure}; below 0 is better.</p>{_table("model", columns, rows)}'
+    return _section("Models compared", body, "Bits per byte on held-out text; lower is better.")
 
 
 def _config(history: History) -> str:
@@ -212,24 +231,27 @@ def _chart(
     return line_chart(title, note, series, unit)
 
 
-def _table(
-    first: str, headings: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]], best: Any = None
-) -> str:
-    columns = [
-        [value for value in column if not math.isnan(value)]
-        for column in zip(*(v for _, v in rows), strict=True)
-    ]
+def _table(first: str, headings: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """Cells are HTML, names are text."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in (first, *headings))
-    lines = []
-    for name, values in rows:
-        cells = "".join(
-            f'<td class="best">{value:.4f}</td>'
-            if best is not None and column and value == best(column)
-            else f"<td>{'' if math.isnan(value) else f'{value:.4f}'}</td>"
-            for value, column in zip(values, columns, strict=True)
-        )
-        lines.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
+    lines = [
+        f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        for name, cells in rows
+    ]
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.4f}"
+
+
+def _interval(interval: Mapping[str, float | None]) -> str:
+    difference, low, high = (interval.get(name) for name in ("difference", "low", "high"))
+    if difference is None:
+        return ""
+    return f"{difference:+.4f}" + (
+        f" [{low:+.4f}, {high:+.4f}]" if low is not None and high is not None else ""
+    )
 
 
 def _keys(records: Sequence[dict[str, Any]]) -> list[str]:

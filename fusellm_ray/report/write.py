@@ -49,7 +49,7 @@ def write_report(folder: str, out: Path | None = None, scores: Path | None = Non
 def _read_scores(path: Path) -> Scores:
     try:
         scores = json.loads(path.read_text(encoding="utf-8"))
-        for score in scores.values():
+        for score in scores["models"].values():
             float(score["mean"])
             for figures in score["domains"].values():
                 float(figures["bits_per_byte"])
@@ -58,6 +58,8 @@ def _read_scores(path: Path) -> Scores:
             f"{path}: is no table of scores ({type(error).__name__}: {error}); give what "
             "`fusellm-ray evaluate --json` wrote"
         ) from error
+    if not scores["models"]:
+        raise ConfigError(f"{path}: compares no models; name some to `fusellm-ray evaluate`")
     return scores
 
 
