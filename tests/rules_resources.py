@@ -117,7 +117,8 @@ def object_stores_hold_the_stream_and_fit_shared_memory(setup: Setup) -> Iterato
             yield f"{pod.name}: an object store of {store} bytes against its memory limit"
         for name, config in setup.configs().items():
             # As on a private cluster (job.py), on the nodes where frames are made and where they are read.
-            ranks = min(config.trainer.workers, _slots(pod, "train_slot") or config.trainer.workers)
+            most = config.trainer.workers.max
+            ranks = min(most, _slots(pod, "train_slot") or most)
             if pod.role == "worker" and int(store) < 4 * config.stream.in_flight_bytes * ranks:
                 yield f"{pod.name}, {name}: an object store of {store} bytes for {ranks} ranks"
 
@@ -172,7 +173,7 @@ def _actors(config: Config) -> Iterator[tuple[str, dict[str, float], int]]:
     yield (
         "a rank",
         ({"GPU": 1.0} if config.trainer.use_gpu else {}) | config.trainer.resources_per_worker,
-        config.trainer.workers,
+        config.trainer.workers.max,
     )
 
 
