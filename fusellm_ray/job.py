@@ -274,7 +274,8 @@ def _fit(
         train_loop,
         train_loop_config={"task": task},
         scaling_config=ScalingConfig(
-            num_workers=(workers.min, workers.max) if workers.is_elastic else workers.max,
+            # Ray's annotation is of V1, which knows no range.
+            num_workers=(workers.min, workers.max) if workers.is_elastic else workers.max,  # type: ignore[arg-type]
             use_gpu=config.trainer.use_gpu,
             resources_per_worker=config.trainer.resources_per_worker or None,
         ),

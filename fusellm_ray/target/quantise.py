@@ -27,9 +27,7 @@ def load_quantised(config: TargetConfig, mesh: DeviceMesh) -> PreTrainedModel:
         ModelError: the model cannot be loaded, or its head does not fit the objective.
     """
     require_bitsandbytes()
-    device = torch.device(
-        mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None
-    )
+    device = f"cuda:{torch.cuda.current_device()}" if mesh.device_type == "cuda" else mesh.device_type
     quantisation = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
