@@ -419,6 +419,11 @@ class Config(Frozen):
                 "trainer.resources_per_worker asks for GPUs and trainer.use_gpu is false; set it true"
             )
         own = {name for name, amount in self.trainer.resources_per_worker.items() if amount}
+        if self.target.attention in ("flex_attention", "flash_attention_2") and not self.trainer.use_gpu:
+            raise ValueError(
+                f"target.attention={self.target.attention} has no backward pass on a CPU and trainer.use_gpu is false; "
+                "train on GPUs, or set target.attention to sdpa"
+            )
         workers = self.trainer.workers
         if workers.is_elastic and not own - {"CPU", "GPU", "memory"}:
             raise ValueError(

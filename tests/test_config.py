@@ -88,6 +88,15 @@ def test_elastic_workers_need_a_resource_that_teachers_do_not_take():
     assert "trainer.workers" in refused(minimal() | {"trainer": {"workers": 0}})
 
 
+@pytest.mark.parametrize("attention", ["flex_attention", "flash_attention_2"])
+def test_attention_that_only_gpus_can_train_is_refused_elsewhere(attention: str):
+    target = {"model": "target", "attention": attention}
+    assert f"target.attention={attention} has no backward pass on a CPU" in refused(
+        minimal() | {"target": target}
+    )
+    parse_config(minimal() | {"target": target, "trainer": {"use_gpu": True}})
+
+
 def test_a_misspelt_key_names_the_one_that_was_meant():
     message = refused(minimal() | {"fuson": {}})
     assert "run.yaml" in message
