@@ -338,8 +338,14 @@ class StreamConfig(Frozen):
     """Target tokens of the batches a rank has asked for and not joined yet (one batch is always allowed)."""
     in_flight_bytes: int = Field(default=256 << 20, ge=1 << 20)
     """Frame bytes a rank may have in flight over all teachers; keep well under the object store."""
+    on_teacher_loss: Literal["wait", "drop", "fail"] = "wait"
+    """wait: for a teacher that does not answer, `deadline_s` long, then end the run; what is trained is the same
+    as if nothing had happened. fail: end the run after `loss_deadline_s`. drop: after `loss_deadline_s` go on with
+    the other teachers (with none: CLM only), count the tokens, and take the teacher back when it answers again."""
     deadline_s: float = Field(default=600.0, gt=0)
     """How long a rank waits for a teacher's answer, restarts included, before it gives up."""
+    loss_deadline_s: float = Field(default=60.0, gt=0)
+    """Without an answer for so long, a teacher counts as lost under drop and fail."""
 
 
 class EvaluationConfig(Frozen):

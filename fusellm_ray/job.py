@@ -34,6 +34,7 @@ from fusellm_ray import plan
 from fusellm_ray.config import Config
 from fusellm_ray.errors import CheckpointError, ClusterError, FuseLLMError, TeacherLostError
 from fusellm_ray.observe.failures import group_failures
+from fusellm_ray.observe.losses import TeacherLosses
 from fusellm_ray.observe.progress import Display, make_display
 from fusellm_ray.observe.records import RecordLog
 from fusellm_ray.observe.sinks import Sinks
@@ -304,6 +305,7 @@ def _fit(
     settings = config.model_dump(mode="json")
     sinks = Sinks(config.run.sinks, checkpoints.folder, settings, on_problem=display.note)
     watch = PoolWatch({address.name: address.pool for address in addresses})
+    losses = TeacherLosses([address.name for address in addresses])
     asked_to_stop = False
     started = time.monotonic()
     has_said_so = False
@@ -331,9 +333,14 @@ def _fit(
             if num_dropped:
                 display.note(f"{num_dropped} records were dropped before this driver could read them")
             for record in records:
+                notes = losses.notes(record)
+                if record["event"] == "end" and losses.dropped_tokens:
+                    record["dropped_tokens"] = losses.dropped_tokens
                 log.write(record)
                 sinks.write(record)
                 display.show(record)
+                for note in notes:
+                    display.note(note)
             states = watch.poll()
             if states:
                 log.write({"event": "teachers", "pools": states})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import time
@@ -32,7 +33,7 @@ from tests.tokenizers import VOCAB_SIZE, build, training_text
 PATIENCE_S = 300.0
 """For processes to start: seconds on an idle machine, minutes on a busy one."""
 TEXT = "".join(training_text())
-Joined = list[tuple[list[Segment], list[list[Aligned]]]]
+Joined = list[tuple[list[Segment], list[list[Aligned] | None]]]
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +192,7 @@ def assert_same_bits(seen: Joined, asked: list[list[Segment]], wanted: list[list
     assert all(a is b for (a, _), b in zip(seen, asked, strict=True))
     for (_, by_teacher), wanted_by_teacher in zip(seen, wanted, strict=True):
         for parts, wanted_parts in zip(by_teacher, wanted_by_teacher, strict=True):
+            assert parts is not None
             for part, want in zip(parts, wanted_parts, strict=True):
                 for name in ("ids", "logprobs", "gold", "residual", "valid"):
                     np.testing.assert_array_equal(getattr(part, name), getattr(want, name))
@@ -317,6 +319,58 @@ def test_a_stopped_process_is_replaced_and_its_requests_answered(
         if is_alive(frozen.pid):
             os.kill(frozen.pid, signal.SIGKILL)
     assert_same_bits(seen, asked, costed.alone(asked, "sim"))
+
+
+# ---------------------------------------------------------------------------------------- lost teachers
+
+
+def test_under_fail_a_lost_teacher_ends_the_stream_before_its_deadline(
+    costed: Service, models: dict[str, Path]
+) -> None:
+    stream = costed.stream("sim", "slow", on_teacher_loss="fail", loss_deadline_s=2)
+    with pytest.raises(
+        TeacherLostError, match=r"teacher slow: no answer to batch 0 .*stream\.loss_deadline_s"
+    ):
+        list(stream.join(batches(models, 2)))
+
+
+def test_under_drop_batches_go_on_without_a_frozen_teacher_until_it_is_back(
+    real: Service, models: dict[str, Path]
+) -> None:
+    asked = batches(models, 6)
+    wanted = real.alone(asked)
+    stream = real.stream(on_teacher_loss="drop", loss_deadline_s=3, in_flight_tokens=2000)
+    joined = stream.join(itertools.cycle(asked))
+    (replica,) = real.replicas("uni")
+    give_up = time.monotonic() + PATIENCE_S
+    seen = [next(joined)]
+    os.kill(replica.pid, signal.SIGSTOP)
+    try:
+        while seen[-1][1][1] is not None:
+            seen.append(next(joined))
+        waited_s = stream.wait_s
+        first_lost = len(seen) - 1
+        for _ in range(12):
+            seen.append(next(joined))
+            assert seen[-1][1][1] is None
+        assert stream.wait_s - waited_s < 12  # waiting 3 s for each would be 36
+    finally:
+        os.kill(replica.pid, signal.SIGCONT)
+    while seen[-1][1][1] is None:
+        assert time.monotonic() < give_up, "the teacher was not taken back"
+        seen.append(next(joined))
+    dropped = [parts[1] is None for _, parts in seen]
+    assert dropped == [first_lost <= i < len(seen) - 1 for i in range(len(seen))]
+    positions = sum(s.num_positions for segments, parts in seen if parts[1] is None for s in segments)
+    joined.close()
+    assert stream.stats()["uni"].dropped >= positions  # and those read ahead
+    for number, (segments, parts) in enumerate(seen):
+        kept = [k for k, part in enumerate(parts) if part is not None]
+        assert_same_bits(
+            [(segments, [parts[k] for k in kept])],
+            [asked[number % 6]],
+            [[wanted[number % 6][k] for k in kept]],
+        )
 
 
 # ---------------------------------------------------------------------------------------- scaling

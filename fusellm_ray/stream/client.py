@@ -5,16 +5,19 @@
 
 Everything happens on the caller's thread, inside `join`; while the caller is away, replicas go on with what
 is in flight. Scoring is pure, so whatever fails is sent again; the first answer counts, later ones do not.
+
+Under `on_teacher_loss: drop` a teacher that is lost has no part in what is joined. The oldest request that it
+owes stays out, sent again like any other; when that is answered, the teacher is back.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -26,6 +29,9 @@ from fusellm_ray.errors import FrameError, FuseLLMError, TeacherLostError
 from fusellm_ray.stream.address import REFRESH_S, TeacherAddress
 from fusellm_ray.stream.failures import cause_of, summary_of
 from fusellm_ray.stream.frame import answer_bytes, decode_frame, encode_request
+from fusellm_ray.stream.requests import Batch, Request, TeacherQueue, Traffic
+
+logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
 """Longest sleep between looks at deadlines and unsent requests."""
@@ -33,69 +39,6 @@ _BACKOFF_S = (0.2, 5.0)
 """First and longest pause before a failed request is sent again."""
 _MAX_WRONG_ANSWERS = 8
 """Errors one request may meet inside replicas before its teacher counts as lost; crashes do not count."""
-
-
-@dataclass(slots=True)
-class Traffic:
-    """What went between this rank and one teacher."""
-
-    answers: int = 0
-    positions: int = 0
-    answer_bytes: int = 0
-    wait_s: float = 0.0
-    """Time the rank did nothing but wait for this teacher, perhaps among others."""
-    retries: int = 0
-    """Requests sent again after a failure or for want of an answer."""
-
-
-@dataclass(slots=True)
-class _Request:
-    """One batch at one teacher."""
-
-    batch: int
-    message: Any
-    num_positions: list[int]
-    tokens: int
-    attempts: dict[Any, int] = field(default_factory=dict)
-    """Answers awaited: object reference → replica."""
-    sent_at: float = 0.0
-    tried: set[int] = field(default_factory=set)
-    wrong_answers: int = 0
-    frame_errors: int = 0
-
-
-@dataclass(slots=True)
-class _Batch:
-    """A batch between submission and join."""
-
-    number: int
-    segments: list[Segment]
-    tokens: int
-    num_bytes: int
-    parts: list[list[Aligned] | None]
-
-
-class _Teacher:
-    """The requests of one teacher."""
-
-    def __init__(self, address: TeacherAddress) -> None:
-        self.address = address
-        self.traffic = Traffic()
-        self.handles: dict[int, Any] = {}
-        self.load: dict[int, int] = {}
-        self.unsent: deque[_Request] = deque()
-        self.in_flight: dict[int, _Request] = {}
-        self.table_ref: Any = None
-        self.table_at = 0.0  # when the table may be asked for again, if there is need
-        self.refresh_at = 0.0  # when it is asked for without need: replicas may have come or gone
-        self.reported_wait_s = 0.0
-        self.send_at = 0.0
-        self.backoff_s = 0.0
-        self.progress_at = 0.0
-        self.last_problem = "no answer"
-
-    def __repr__(self) -> str:
-        return f"teacher {self.address.name}"
 
 
 class TeacherStream:
@@ -108,15 +51,19 @@ class TeacherStream:
             config: credits and the deadline.
             vocab_size: of the target.
         """
-        self._teachers = [_Teacher(address) for address in teachers]
+        self._teachers = [TeacherQueue(address) for address in teachers]
         self._config = config
         self._vocab_size = vocab_size
-        self._attempt_s = config.deadline_s / 4
+        self._patience_s = config.deadline_s if config.on_teacher_loss == "wait" else config.loss_deadline_s
+        self._deadline_name = "deadline_s" if config.on_teacher_loss == "wait" else "loss_deadline_s"
+        self._drops = config.on_teacher_loss == "drop"
+        self._attempt_s = self._patience_s / 4
         self._turn = os.getpid()  # ranks begin at different replicas
         self._away_s = 0.0
         self._is_cancelled = False
+        self._window: deque[Batch] = deque()  # what is read and not joined yet
         self._next_number = 0
-        self._awaited: dict[Any, tuple[_Teacher, _Request | None]] = {}
+        self._awaited: dict[Any, tuple[TeacherQueue, Request | None]] = {}
         self._wait_s = 0.0
 
     @property
@@ -132,35 +79,40 @@ class TeacherStream:
         """Traffic by teacher, since the stream was made."""
         return {t.address.name: t.traffic for t in self._teachers}
 
-    def join(self, batches: Iterable[list[Segment]]) -> Iterator[tuple[list[Segment], list[list[Aligned]]]]:
+    def join(
+        self, batches: Iterable[list[Segment]]
+    ) -> Iterator[tuple[list[Segment], list[list[Aligned] | None]]]:
         """Yield each batch with, for each teacher, one `Aligned` a segment; in the order of `batches`.
 
         Batches are read ahead of what is yielded. An object of a batch's frames is best between 1 and 8 MiB.
+        Under `on_teacher_loss: drop` a lost teacher's place holds None.
 
         Raises:
-            TeacherLostError: a teacher gave no answer for `deadline_s`, or only failures.
+            TeacherLostError: a teacher gave no answer in time, or only failures, and is not to be dropped.
             FuseLLMError: a teacher refused a request for a reason that trying again cannot heal.
         """
         source = iter(batches)
-        window: deque[_Batch] = deque()
+        window = self._window = deque()
         started = self._now()
         for teacher in self._teachers:
             teacher.progress_at = started
         try:
             while True:
-                self._fill(window, source)
+                self._fill(source)
                 if not window:
                     return
                 head = window[0]
-                while any(parts is None for parts in head.parts):
+                while head.pending:
                     if self._is_cancelled:
                         return
-                    self._receive(window)
+                    self._receive()
+                if any(teacher.is_lost for teacher in self._teachers):
+                    self._receive(timeout_s=0.0)  # nothing may be left to wait for: look all the same
                 window.popleft()
                 # Fill up before the caller goes away to train, so that teachers stay busy meanwhile.
-                self._fill(window, source)
+                self._fill(source)
                 left_at = time.monotonic()
-                yield head.segments, [parts for parts in head.parts if parts is not None]
+                yield head.segments, head.parts
                 self._away_s += time.monotonic() - left_at
         finally:
             self._forget()
@@ -171,17 +123,18 @@ class TeacherStream:
         """Seconds spent inside this stream: while the caller is away, no deadline comes nearer."""
         return time.monotonic() - self._away_s
 
-    def _fill(self, window: deque[_Batch], source: Iterator[list[Segment]]) -> None:
+    def _fill(self, source: Iterator[list[Segment]]) -> None:
         """Read and submit batches as far as credits allow."""
-        while self._has_credit(window):
+        while self._has_credit():
             segments = next(source, None)
             if segments is None:
                 break
-            window.append(self._submit(segments))
+            self._window.append(self._submit(segments))
             self._send_unsent()
         self._send_unsent()
 
-    def _has_credit(self, window: Sequence[_Batch]) -> bool:
+    def _has_credit(self) -> bool:
+        window = self._window
         if not window:
             return True
         # The next batch's size is unknown before it is read; the last one's stands for it.
@@ -191,7 +144,7 @@ class TeacherStream:
             and sum(b.num_bytes for b in window) + num_bytes <= self._config.in_flight_bytes
         )
 
-    def _submit(self, segments: list[Segment]) -> _Batch:
+    def _submit(self, segments: list[Segment]) -> Batch:
         number = self._next_number
         self._next_number += 1
         num_positions = [s.num_positions for s in segments]
@@ -200,13 +153,18 @@ class TeacherStream:
         num_bytes = request.nbytes
         message = ray.put(request) if self._teachers else None
         for teacher in self._teachers:
+            if teacher.is_lost:
+                teacher.traffic.dropped += positions
+                if teacher.in_flight:
+                    continue
             num_bytes += answer_bytes(positions, teacher.address.top_k, self._vocab_size)
             if not teacher.in_flight:
                 teacher.progress_at = self._now()
-            asked = _Request(number, message, num_positions, tokens)
+            asked = Request(number, message, num_positions, tokens)
             teacher.in_flight[number] = asked
             teacher.unsent.append(asked)
-        return _Batch(number, segments, tokens, num_bytes, [None] * len(self._teachers))
+        pending = {k for k, teacher in enumerate(self._teachers) if not teacher.is_lost}
+        return Batch(number, segments, tokens, num_bytes, [None] * len(self._teachers), pending)
 
     def _send_unsent(self) -> None:
         now = self._now()
@@ -217,7 +175,7 @@ class TeacherStream:
             while teacher.unsent and teacher.handles and now >= teacher.send_at:
                 self._send(teacher, teacher.unsent.popleft())
 
-    def _send(self, teacher: _Teacher, request: _Request) -> None:
+    def _send(self, teacher: TeacherQueue, request: Request) -> None:
         """To the replica with the fewest of our tokens, an untried one if there is any."""
         self._turn += 1
         replicas = sorted(teacher.handles)
@@ -232,7 +190,7 @@ class TeacherStream:
         request.sent_at = self._now()
         self._awaited[ref] = (teacher, request)
 
-    def _ask_for_table(self, teacher: _Teacher) -> None:
+    def _ask_for_table(self, teacher: TeacherQueue) -> None:
         waited_s = teacher.traffic.wait_s - teacher.reported_wait_s
         teacher.reported_wait_s = teacher.traffic.wait_s
         teacher.refresh_at = self._now() + REFRESH_S
@@ -241,22 +199,21 @@ class TeacherStream:
 
     # ------------------------------------------------------------------------------------ receiving
 
-    def _receive(self, window: Sequence[_Batch]) -> None:
+    def _receive(self, timeout_s: float = _POLL_S) -> None:
         """Wait until something happens, take what came, and send what can be sent."""
         started = time.monotonic()
         ready: list[Any] = []
         if self._awaited:
             awaited = list(self._awaited)
-            ready, _ = ray.wait(awaited, num_returns=1, timeout=_POLL_S)
+            ready, _ = ray.wait(awaited, num_returns=1, timeout=timeout_s)
             if ready:
                 ready, _ = ray.wait(awaited, num_returns=len(awaited), timeout=0)
         else:
-            time.sleep(_BACKOFF_S[0])
+            time.sleep(min(timeout_s, _BACKOFF_S[0]))
         waited = time.monotonic() - started
         self._wait_s += waited
-        for teacher, parts in zip(self._teachers, window[0].parts, strict=True):
-            if parts is None:
-                teacher.traffic.wait_s += waited
+        for k in self._window[0].pending:
+            self._teachers[k].traffic.wait_s += waited
         for ref in ready:
             if ref not in self._awaited:
                 continue  # the second answer to a request whose first came in the same moment
@@ -265,13 +222,19 @@ class TeacherStream:
                 self._take_table(teacher, ref)
                 continue
             answer = self._take_answer(teacher, request, ref)
-            if answer is not None:
-                batch = window[request.batch - window[0].number]
-                batch.parts[self._teachers.index(teacher)] = answer
+            if answer is None:
+                continue
+            if teacher.is_lost:
+                teacher.is_lost = False
+                logger.warning("%s answers again", teacher)
+                continue
+            batch = self._window[request.batch - self._window[0].number]
+            batch.parts[k := self._teachers.index(teacher)] = answer
+            batch.pending.remove(k)
         self._check_time()
         self._send_unsent()
 
-    def _take_answer(self, teacher: _Teacher, request: _Request, ref: Any) -> list[Aligned] | None:
+    def _take_answer(self, teacher: TeacherQueue, request: Request, ref: Any) -> list[Aligned] | None:
         replica = request.attempts.pop(ref)
         teacher.load[replica] -= request.tokens
         try:
@@ -297,20 +260,22 @@ class TeacherStream:
         teacher.traffic.answer_bytes += answer.nbytes
         return parts
 
-    def _failed(self, teacher: _Teacher, request: _Request, replica: int, error: Exception) -> None:
-        """Decide what a failed attempt means: raise, or send again."""
+    def _failed(self, teacher: TeacherQueue, request: Request, replica: int, error: Exception) -> None:
+        """Decide what a failed attempt means: raise, do without the teacher, or send again."""
         cause = cause_of(error)
         teacher.last_problem = f"replica {replica}: {summary_of(cause)}"
         if isinstance(cause, FrameError):
             request.frame_errors += 1
             if request.frame_errors > 1:
-                raise FrameError(f"{teacher}, batch {request.batch}, replica {replica}: {cause}") from error
+                where = f"{teacher}, batch {request.batch}, replica {replica}"
+                self._lost(teacher, "sends wrong frames", FrameError(f"{where}: {cause}"))
         elif _cannot_heal(cause):
             raise cause
         elif isinstance(error, RayTaskError):
             request.wrong_answers += 1
             if request.wrong_answers >= _MAX_WRONG_ANSWERS:
-                self._lost(teacher, f"failed {request.wrong_answers} times at batch {request.batch}", error)
+                what = f"failed {request.wrong_answers} times at batch {request.batch}"
+                self._lost(teacher, what, error)
         if isinstance(error, RayActorError):
             # That replica is gone for now: the pool looks at it and says who is left.
             teacher.handles.pop(replica, None)
@@ -318,25 +283,25 @@ class TeacherStream:
                 teacher.table_ref = teacher.address.pool.report.remote(replica, summary_of(cause))
                 self._awaited[teacher.table_ref] = (teacher, None)
         teacher.traffic.retries += 1
-        if not request.attempts:  # else another attempt is still out
+        if not request.attempts and request.batch in teacher.in_flight:  # else another attempt is still out
             teacher.unsent.appendleft(request)
             self._back_off(teacher, is_alone=request.tried.issuperset(teacher.handles))
 
-    def _take_table(self, teacher: _Teacher, ref: Any) -> None:
+    def _take_table(self, teacher: TeacherQueue, ref: Any) -> None:
         teacher.table_ref = None
         try:
             table = ray.get(ref)
         except (RayError, FuseLLMError) as error:
             cause = cause_of(error)
-            if _cannot_heal(cause):
-                raise cause from error
             teacher.last_problem = f"its pool: {summary_of(cause)}"
-            teacher.table_at = self._now() + _BACKOFF_S[0]
+            teacher.table_at = self._now() + (REFRESH_S if teacher.is_lost else _BACKOFF_S[0])
+            if _cannot_heal(cause):
+                self._lost(teacher, "no replica can work", cause)
             return
         teacher.handles = dict(table.handles)
         teacher.table_at = self._now() + _BACKOFF_S[0]
 
-    def _back_off(self, teacher: _Teacher, is_alone: bool) -> None:
+    def _back_off(self, teacher: TeacherQueue, is_alone: bool) -> None:
         if is_alone:
             teacher.backoff_s = min(max(2 * teacher.backoff_s, _BACKOFF_S[0]), _BACKOFF_S[1])
             teacher.send_at = self._now() + teacher.backoff_s
@@ -348,17 +313,15 @@ class TeacherStream:
             if not teacher.in_flight:
                 continue
             silent_s = now - teacher.progress_at
-            if silent_s >= self._config.deadline_s:
-                oldest = min(teacher.in_flight)
-                self._lost(
-                    teacher, f"no answer to batch {oldest} for {silent_s:.1f} s (stream.deadline_s)", None
-                )
+            if silent_s >= self._patience_s and not teacher.is_lost:
+                what = f"no answer to batch {min(teacher.in_flight)} for {silent_s:.1f} s"
+                self._lost(teacher, f"{what} (stream.{self._deadline_name})", None)
             for request in teacher.in_flight.values():
                 quiet_s = now - max(request.sent_at, teacher.progress_at)
                 if request.attempts and quiet_s >= self._attempt_s:
                     self._hedge(teacher, request)
 
-    def _hedge(self, teacher: _Teacher, request: _Request) -> None:
+    def _hedge(self, teacher: TeacherQueue, request: Request) -> None:
         """Ask one more replica, an untried one; the attempts that are out stay welcome."""
         untried = set(teacher.handles) - request.tried
         late = next(iter(request.attempts.values()))
@@ -371,12 +334,37 @@ class TeacherStream:
             teacher.traffic.retries += 1
             self._send(teacher, request)
 
-    def _lost(self, teacher: _Teacher, what: str, cause: Exception | None) -> NoReturn:
+    def _lost(self, teacher: TeacherQueue, what: str, cause: Exception | None) -> None:
+        """Go on without the teacher, or end with `cause` where it is an error of ours that says all."""
+        if teacher.is_lost:
+            return
+        if self._drops:
+            logger.error("%s is lost, going on without it: %s; %s", teacher, what, teacher.last_problem)
+            self._drop(teacher)
+            return
+        if cause is not None and _cannot_heal(cause):
+            raise cause
         state = f"{len(teacher.handles)} replicas are up" if teacher.handles else "no replica is up"
         raise TeacherLostError(
-            f"{teacher}: {what}; {state}; last problem: {teacher.last_problem}. Look at the "
-            "teacher's log; give it more replicas, or raise stream.deadline_s if it is only slow"
+            f"{teacher}: {what}; {state}; last problem: {teacher.last_problem}. Look at the teacher's log; "
+            f"give it more replicas, or raise stream.{self._deadline_name} if it is only slow"
         ) from cause
+
+    def _drop(self, teacher: TeacherQueue) -> None:
+        """Wait for none of its answers; only its oldest request stays out, to see when it is back."""
+        teacher.is_lost = True
+        index = self._teachers.index(teacher)
+        for batch in self._window:
+            if index in batch.pending:
+                batch.pending.remove(index)
+                teacher.traffic.dropped += sum(s.num_positions for s in batch.segments)
+        probe = min(teacher.in_flight, default=None)
+        for number in [number for number in teacher.in_flight if number != probe]:
+            request = teacher.in_flight.pop(number)
+            for late, replica in request.attempts.items():
+                self._awaited.pop(late, None)
+                teacher.load[replica] -= request.tokens
+        teacher.unsent = deque(request for request in teacher.unsent if request.batch == probe)
 
     def _forget(self) -> None:
         """Drop everything in flight; answers that still come are ignored."""

@@ -38,6 +38,8 @@ class TeacherPart:
     """float64 [S]"""
     own_bytes: Tensor
     """float64 [S]"""
+    is_dropped: bool = False
+    """It was lost, and says nothing here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ class MicroBatch:
                 part.own_nats.to(device),
                 part.own_tokens.to(device),
                 part.own_bytes.to(device),
+                part.is_dropped,
             )
             for part in self.teachers
         )
@@ -162,7 +165,7 @@ class RankBatches:
             except queue.Full:
                 continue
 
-    def _joined(self) -> Iterator[tuple[list[Segment], list[list[Aligned]]]]:
+    def _joined(self) -> Iterator[tuple[list[Segment], list[list[Aligned] | None]]]:
         if self._stream is None:
             for segments in self._segments():
                 yield segments, []
@@ -177,7 +180,7 @@ class RankBatches:
             self._read.append((rows, cursors))
             yield [segment for row in rows for segment in row.segments]
 
-    def _assemble(self, segments: list[Segment], answers: list[list[Aligned]]) -> StepBatch:
+    def _assemble(self, segments: list[Segment], answers: list[list[Aligned] | None]) -> StepBatch:
         rows, cursors = self._read.popleft()
         micro_rows = self._config.training.micro_rows
         micro_batches = []
@@ -185,7 +188,7 @@ class RankBatches:
         for i in range(self._num_micro):
             some = rows[i * micro_rows : (i + 1) * micro_rows]
             count = sum(len(row.segments) for row in some)
-            parts = [answer[taken : taken + count] for answer in answers]
+            parts = [answer and answer[taken : taken + count] for answer in answers]
             taken += count
             micro = make_micro_batch(
                 some or [Row(segments=())],
@@ -208,7 +211,7 @@ class RankBatches:
 
 def make_micro_batch(
     rows: Sequence[Row],
-    answers: Sequence[Sequence[Aligned]],
+    answers: Sequence[Sequence[Aligned] | None],
     *,
     row_tokens: int,
     pad_id: int,
@@ -219,7 +222,8 @@ def make_micro_batch(
     """Rows and the teachers' answers to their segments, as tensors; the teachers fused.
 
     Args:
-        answers: for each teacher, its answer to each segment of the rows, in order. Empty: CLM only.
+        answers: for each teacher, its answer to each segment of the rows, in order; None: it is lost. Empty:
+            CLM only.
     """
     arrays = [row_arrays(row, row_tokens, pad_id) for row in rows]
     labels = torch.from_numpy(np.concatenate([a.labels for a in arrays]))
@@ -232,7 +236,12 @@ def make_micro_batch(
         torch.arange(len(rows)), torch.tensor([len(row.segments) for row in rows], dtype=torch.int64)
     )
     gold_bytes = torch.from_numpy(np.concatenate([a.gold_bytes for a in arrays]))[positions].float()
-    parts = tuple(_teacher_part(answer) for answer in answers) if segments else ()
+    parts: tuple[TeacherPart, ...] = ()
+    if segments:
+        parts = tuple(
+            _no_part(len(segment), len(segments), teacher.top_k) if answer is None else _teacher_part(answer)
+            for answer, teacher in zip(answers, teachers if answers else (), strict=True)
+        )
     fused = None
     if parts:
         fused = fuse(
@@ -276,3 +285,9 @@ def _teacher_part(answer: Sequence[Aligned]) -> TeacherPart:
         own_tokens=torch.tensor([part.teacher_tokens for part in answer], dtype=torch.float64),
         own_bytes=torch.tensor([part.teacher_bytes for part in answer], dtype=torch.float64),
     )
+
+
+def _no_part(num_positions: int, num_segments: int, top_k: int) -> TeacherPart:
+    """Of a teacher that is lost."""
+    nothing = torch.zeros(num_segments, dtype=torch.float64)
+    return TeacherPart(Candidates.missing(num_positions, top_k), nothing, nothing, nothing, is_dropped=True)

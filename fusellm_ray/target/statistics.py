@@ -18,7 +18,7 @@ from fusellm_ray.fusion.loss import ObjectiveOutput
 from fusellm_ray.target.batches import MicroBatch
 
 _SCALARS = ("loss", "tokens", "bytes", "clm", "fusion", "fused", "wait_s", "compute_cpu_s", "ranks")
-_PER_TEACHER = ("valid", "residual", "aligned_nats", "aligned_bytes", "own_nats", "own_bytes")
+_PER_TEACHER = ("valid", "dropped", "residual", "aligned_nats", "aligned_bytes", "own_nats", "own_bytes")
 _PER_DOMAIN = ("won", "fused_by_domain", "ahead_nats", "ahead_bytes")
 
 
@@ -106,7 +106,10 @@ class StepStatistics:
         for k, teacher in enumerate(self._teachers):
             at = f"teacher/{teacher}"
             figures[f"{at}/win_share"] = _ratio(sum(sums["won"][k]), sums["fused"])
-            figures[f"{at}/coverage"] = _ratio(sums["valid"][k], sums["tokens"])
+            dropped = sums["dropped"][k]
+            if dropped:
+                figures[f"{at}/dropped_tokens"] = dropped
+            figures[f"{at}/coverage"] = _ratio(sums["valid"][k], sums["tokens"] - dropped)
             figures[f"{at}/residual"] = _ratio(sums["residual"][k], sums["valid"][k])
             figures[f"{at}/fidelity"] = _ratio(
                 _ratio(sums["aligned_nats"][k], sums["aligned_bytes"][k]),
@@ -130,6 +133,7 @@ def _teacher_sums(batch: MicroBatch) -> dict[str, Tensor]:
     known = [c.gold.isfinite() for c in candidates]
     return {
         "valid": torch.stack([c.valid.sum() for c in candidates]),
+        "dropped": torch.tensor([batch.gold.numel() * part.is_dropped for part in batch.teachers]),
         "residual": torch.stack([c.residual[c.valid].exp().sum() for c in candidates]),
         "aligned_nats": torch.stack([-c.gold[k].sum() for c, k in zip(candidates, known, strict=True)]),
         "aligned_bytes": torch.stack([batch.gold_bytes[k].sum() for k in known]),

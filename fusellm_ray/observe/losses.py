@@ -1,0 +1,41 @@
+"""Teachers that a run goes on without (`on_teacher_loss: drop`), from its records: what to say, and how much it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class TeacherLosses:
+    """Watches the step records of a run."""
+
+    def __init__(self, teachers: Sequence[str]) -> None:
+        self._lost: dict[str, bool] = dict.fromkeys(teachers, False)
+        self.dropped_tokens: dict[str, int] = {}
+        """Target tokens that were fused without a teacher, by teacher, as far as this driver has seen."""
+
+    def notes(self, record: Mapping[str, Any]) -> list[str]:
+        """What a person should hear of this record: losses and returns, not each step of a loss."""
+        if record["event"] != "step" or not self._lost:
+            return []
+        step, said = record["step"], []
+        were_all_lost = all(self._lost.values())
+        for name, was_lost in self._lost.items():
+            dropped = int(record.get(f"teacher/{name}/dropped_tokens", 0))
+            if dropped:
+                self.dropped_tokens[name] = self.dropped_tokens.get(name, 0) + dropped
+            if dropped and not was_lost:
+                said.append(
+                    f"step {step}: teacher {name} is LOST; {dropped} tokens of this step go on without it "
+                    "(stream.on_teacher_loss=drop)"
+                )
+            elif was_lost and not dropped:
+                said.append(
+                    f"step {step}: teacher {name} is back; {self.dropped_tokens[name]} tokens went without it"
+                )
+            self._lost[name] = bool(dropped)
+        if all(self._lost.values()) and not were_all_lost:
+            said.append(
+                f"step {step}: ALL teachers are lost: tokens without any teacher are trained on CLM only"
+            )
+        return said
