@@ -72,14 +72,17 @@ def quickstart(seed: int, steps: int | None, cache: Path | None, json_path: Path
 @click.option(
     "--allow-changes", is_flag=True, help="Resume even if models, tokenizers or corpus have changed."
 )
-def train(config: Path, overrides: tuple[str, ...], allow_changes: bool) -> None:
+@click.option(
+    "--attach", is_flag=True, help="Use the teachers that `teachers up` started; leave them running."
+)
+def train(config: Path, overrides: tuple[str, ...], allow_changes: bool, attach: bool) -> None:
     """Train the target of CONFIG with its teachers; run it again to resume."""
     from fusellm_ray.config import load_config
 
     settings = load_config(config, overrides)  # refuse before the seconds that the imports below take
     from fusellm_ray.job import run_job
 
-    outcome = run_job(settings, allow_changes=allow_changes)
+    outcome = run_job(settings, allow_changes=allow_changes, attached=attach)
     sys.exit(0 if outcome.is_finished else INTERRUPTED)
 
 
@@ -95,6 +98,58 @@ def check(config: Path, overrides: tuple[str, ...], no_cluster: bool) -> None:
     from fusellm_ray.plan import make_plan, print_plan
 
     print_plan(make_plan(settings, with_cluster=not no_cluster))
+
+
+@main.group()
+def teachers() -> None:
+    """Teachers that outlive a run, on the cluster that RAY_ADDRESS names; `train --attach` uses them."""
+
+
+@teachers.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[a.b=value ...]")
+def up(config: Path, overrides: tuple[str, ...]) -> None:
+    """Start the teachers of CONFIG and wait until they are ready."""
+    from fusellm_ray.config import load_config
+
+    settings = load_config(config, overrides)
+    from fusellm_ray.observe.progress import make_display
+    from fusellm_ray.plan import preflight
+    from fusellm_ray.teachers.attach import bring_up, running_cluster
+
+    display = make_display()
+    with running_cluster():
+        bring_up(settings, preflight(settings)["target_tokenizer"], display.teachers)
+    display.note("teachers are up; `fusellm-ray train CONFIG --attach` uses them")
+
+
+@teachers.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[a.b=value ...]")
+def status(config: Path, overrides: tuple[str, ...]) -> None:
+    """Show how the teachers of CONFIG stand."""
+    from fusellm_ray.config import load_config
+
+    settings = load_config(config, overrides)
+    from fusellm_ray.teachers.attach import print_statuses, running_cluster, statuses
+
+    with running_cluster():
+        print_statuses(statuses(settings))
+
+
+@teachers.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[a.b=value ...]")
+def down(config: Path, overrides: tuple[str, ...]) -> None:
+    """End the teachers of CONFIG and all their processes."""
+    from fusellm_ray.config import load_config
+
+    settings = load_config(config, overrides)
+    from fusellm_ray.teachers.attach import running_cluster, take_down
+
+    with running_cluster():
+        ended = take_down(settings)
+    click.echo(f"ended: {', '.join(ended)}" if ended else "none of them ran")
 
 
 @main.command()

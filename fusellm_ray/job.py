@@ -43,6 +43,7 @@ from fusellm_ray.target.checkpoint import explain_changes, export_model
 from fusellm_ray.target.control import RunControl
 from fusellm_ray.target.storage import Checkpoints
 from fusellm_ray.target.worker import TrainTask, train_loop
+from fusellm_ray.teachers.attach import attach, running_cluster
 from fusellm_ray.teachers.service import PoolWatch, start_pools, stop_pools, wait_ready
 
 POLL_S = 0.3
@@ -73,6 +74,7 @@ def run_job(
     allow_changes: bool = False,
     display: Display | None = None,
     pools: dict[str, Any] | None = None,
+    attached: bool = False,
 ) -> Outcome:
     """Run or resume a training run to its end, or to a requested stop.
 
@@ -81,6 +83,7 @@ def run_job(
         allow_changes: resume even if models, tokenizers or corpus changed since the checkpoint.
         display: where progress goes; default: bars on a terminal, a line a step elsewhere.
         pools: teachers that are up already, by name; they are left running.
+        attached: use the teachers that `teachers up` started on the cluster; they are left running.
 
     Raises:
         FuseLLMError: with the cause, after everything started here has been stopped.
@@ -93,8 +96,8 @@ def run_job(
         return Outcome(step=saved["step"], is_finished=True)
     identity = plan.preflight(config)
     # In this order: ray.init puts handlers of its own over those it finds.
-    with local_or_running_cluster(config), _Stop() as stop:
-        missing = plan.require_resources(config)
+    with running_cluster() if attached else local_or_running_cluster(config), _Stop() as stop:
+        missing = plan.require_resources(config, has_teachers=attached or pools is not None)
         if missing:
             display.note(
                 f"the cluster must grow first ({missing}); "
@@ -102,6 +105,8 @@ def run_job(
             )
         own_pools: dict[str, Any] = {}
         try:
+            if attached:
+                pools = attach(config, identity["target_tokenizer"])
             if pools is None:
                 own_pools = start_pools(config)
                 pools = own_pools
@@ -117,6 +122,7 @@ def run_job(
                     fingerprint=descriptions[t.name].fingerprint,
                     top_k=t.top_k,
                     pool=pools[t.name],
+                    run=checkpoints.folder,
                 )
                 for t in config.active_teachers
             )

@@ -127,6 +127,7 @@ def _check_prompts(config: Config, tokenizer: ByteTokenizer, target: ModelFacts)
 
 
 def demand(config: Config) -> dict[str, float]:
+def demand(config: Config, *, with_teachers: bool = True) -> dict[str, float]:
     """Resources that the run needs at least, by Ray's names."""
     needs: dict[str, float] = {}
 
@@ -135,7 +136,7 @@ def demand(config: Config) -> dict[str, float]:
             if amount:
                 needs[name] = needs.get(name, 0.0) + amount * times
 
-    for teacher in config.active_teachers:
+    for teacher in config.active_teachers if with_teachers else ():
         asked = teacher.resources
         add({"CPU": asked.num_cpus, "GPU": asked.num_gpus} | asked.custom, teacher.replicas.min)
     # As Ray Train counts: a rank asks for its GPU, or else one CPU, unless it is told what to ask for.
@@ -158,8 +159,11 @@ def describe_demand(config: Config) -> str:
     )
 
 
-def require_resources(config: Config) -> str | None:
+def require_resources(config: Config, *, has_teachers: bool = False) -> str | None:
     """Refuse a run that this cluster can never hold.
+
+    Args:
+        has_teachers: they are up already, and ask for nothing more.
 
     Returns:
         What is missing now, where the cluster may still grow (a joined cluster with an autoscaler); else None.
@@ -170,7 +174,8 @@ def require_resources(config: Config) -> str | None:
     import ray
 
     have = ray.cluster_resources()
-    short = {name: amount for name, amount in demand(config).items() if have.get(name, 0.0) + 1e-6 < amount}
+    needs = demand(config, with_teachers=not has_teachers)
+    short = {name: amount for name, amount in needs.items() if have.get(name, 0.0) + 1e-6 < amount}
     if not short:
         return None
     text = ", ".join(

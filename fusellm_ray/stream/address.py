@@ -30,3 +30,5 @@ class TeacherAddress:
     top_k: int
     pool: Any
     """Actor handle with `table(waited_s)` and `report(replica, reason)`, both giving a `HandleTable`."""
+    run: str = ""
+    """Who asks: a replica that several runs share serves them in turn."""

@@ -183,7 +183,7 @@ class TeacherStream:
         replica = min(
             replicas[turn:] + replicas[:turn], key=lambda r: (r in request.tried, teacher.load.get(r, 0))
         )
-        ref = teacher.handles[replica].score.remote(request.message)
+        ref = teacher.handles[replica].score.remote(request.message, teacher.address.run)
         teacher.load[replica] = teacher.load.get(replica, 0) + request.tokens
         request.attempts[ref] = replica
         request.tried.add(replica)

@@ -36,6 +36,8 @@ class Engine(Protocol):
     """Rows of the output head; may exceed the tokenizer's length."""
     max_context: int
     """Tokens of the longest prompt it takes."""
+    max_prompts: int
+    """Prompts that it scores at once; 1 where calls are served one after the other."""
     model_cpu_s: float
     """CPU seconds that this process has spent in the model so far; NaN where another process does the work."""
 

@@ -52,6 +52,7 @@ class TransformersScorer:
         torch.nn.Module.to(self._model, self._device)
         self.vocab_size = facts.vocab_size
         self.max_context = teacher.max_context or facts.max_context
+        self.max_prompts = 1
         self.model_cpu_s = 0.0
         try:
             check_head(self._model)

@@ -28,6 +28,7 @@ from fusellm_ray.errors import AlignmentError, ClusterError, FuseLLMError
 from fusellm_ray.observe.metrics import PoolMetrics
 from fusellm_ray.stream.address import REFRESH_S, HandleTable
 from fusellm_ray.stream.failures import cause_of, summary_of
+from fusellm_ray.teachers.identity import answer_settings
 from fusellm_ray.teachers.replica import TeacherReplica
 from fusellm_ray.teachers.report import Description, Heartbeat, PoolStatus, ReplicaStats
 from fusellm_ray.teachers.scaling import Decision, Load, Scaler
@@ -54,9 +55,18 @@ class _Member:
     incarnation: str = ""
     beat: Heartbeat | None = None
     """Its latest."""
+    beat_at: float = 0.0
+    tokens_per_s: float = 0.0
+    """Positions answered for between its latest two."""
     counted: Heartbeat | None = None
     """Up to which its work went into a decision."""
     problem: str = ""
+
+    def note(self, beat: Heartbeat) -> None:
+        now = time.monotonic()
+        if self.beat is not None and self.beat.incarnation == beat.incarnation:
+            self.tokens_per_s = (beat.positions - self.beat.positions) / (now - self.beat_at)
+        self.beat, self.beat_at = beat, now
 
 
 class TeacherPool:
@@ -127,11 +137,16 @@ class TeacherPool:
     async def status(self) -> PoolStatus:
         if self._failure is not None and not any(m.state != "refused" for m in self._members.values()):
             raise self._failure
+        ready = [m for m in self._members.values() if m.state == "ready"]
         resources = self._teacher.resources
         return PoolStatus(
             name=self._teacher.name,
             wanted=self._teacher.replicas.min,
-            ready=sum(m.state == "ready" for m in self._members.values()),
+            most=self._teacher.replicas.max,
+            ready=len(ready),
+            queued_tokens=sum(m.beat.queued_tokens for m in ready if m.beat),
+            tokens_per_s=sum(m.tokens_per_s for m in ready),
+            settings=answer_settings(self._teacher, self._alignment),
             asks={"CPU": resources.num_cpus, "GPU": resources.num_gpus} | resources.custom,
             problems=tuple(f"replica {m.number}: {m.problem}" for m in self._members.values() if m.problem),
             description=self._description,
@@ -266,7 +281,7 @@ class TeacherPool:
         except RayError as error:
             problem = summary_of(cause_of(error))
         else:
-            member.beat = beat
+            member.note(beat)
             if beat.incarnation != member.incarnation:
                 problem = "its process was restarted"
             elif beat.stalled_s > self._hang_s:

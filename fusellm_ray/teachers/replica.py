@@ -57,17 +57,18 @@ class TeacherReplica:
             top_k=self._teacher.top_k,
             incarnation=self._incarnation,
             pid=os.getpid(),
+            target_tokenizer=scorer.target.fingerprint,
         )
 
-    async def score(self, request: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Answer a request of `stream.frame` with a frame.
+    async def score(self, request: NDArray[np.uint8], run: str = "") -> NDArray[np.uint8]:
+        """Answer a request of `stream.frame`, asked by `run`, with a frame.
 
         Raises:
             FrameError: the request cannot be read.
             EngineError: not loaded (again) yet, or the engine answered wrongly; worth another try.
         """
         started = time.monotonic()
-        answer = await self._loaded().answer(request)
+        answer = await self._loaded().answer(request, run)
         self._metrics.answered(time.monotonic() - started)
         return answer
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,8 @@ class Description:
     incarnation: str
     """Changes when the process does."""
     pid: int
+    target_tokenizer: str
+    """Fingerprint of the tokenizer that it aligns to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,15 @@ class PoolStatus:
 
     name: str
     wanted: int
+    most: int
+    """Replicas it may grow to."""
     ready: int
+    queued_tokens: int
+    """Target tokens of the requests that replicas have accepted and not answered."""
+    tokens_per_s: float
+    """Target positions answered for in a second, all replicas together, while they were last looked at."""
+    settings: dict[str, Any]
+    """What its answers depend on; see `identity.answer_settings`."""
     asks: dict[str, float]
     """Resources of one replica."""
     problems: tuple[str, ...]

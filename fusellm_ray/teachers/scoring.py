@@ -30,7 +30,9 @@ from fusellm_ray.errors import ConfigError, EngineError
 from fusellm_ray.models import model_facts
 from fusellm_ray.stream import frame
 from fusellm_ray.teachers.engine import Scores, make_engine
+from fusellm_ray.teachers.identity import engine_settings
 from fusellm_ray.teachers.report import ReplicaStats
+from fusellm_ray.teachers.turns import Turns
 
 SELF_TEST = "The café's naïve owner wrote:\n\n\tdef total(prices):\n\t\treturn sum(prices)  # 3 × 4 = 12 €\n"
 """Prose, code, tabs, newlines and characters of one to three bytes."""
@@ -71,7 +73,7 @@ class TeacherScorer:
                 "wire": frame.VERSION,
                 "model": teacher.model,
                 "revision": teacher.revision,
-                "engine": _what_changes_answers(teacher),
+                "engine": engine_settings(teacher),
                 "tokenizer": self.tokenizer.fingerprint,
                 "target_tokenizer": self.target.fingerprint,
                 "alignment": alignment.model_dump(),
@@ -80,6 +82,7 @@ class TeacherScorer:
             }
         )
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{teacher.name}-align")
+        self._turns = Turns(2 * self.engine.max_prompts)  # as many again, so that it never runs dry
         self._stats = ReplicaStats()
         self._in_flight: dict[int, tuple[int, float]] = {}  # request → target tokens, when it came
         self._numbers = itertools.count()
@@ -87,8 +90,12 @@ class TeacherScorer:
         self._in_engine = 0
         self._engine_since = 0.0
 
-    async def answer(self, request: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    async def answer(self, request: NDArray[np.uint8], run: str = "") -> NDArray[np.uint8]:
         """Score the segments of a request.
+
+        Args:
+            request: as `frame.encode_request` wrote it.
+            run: who asks; runs get their turns in fairness.
 
         Raises:
             FrameError: the request cannot be read.
@@ -96,9 +103,11 @@ class TeacherScorer:
         """
         segments = frame.decode_request(request, vocab_size=self.target.vocab_size)
         number = next(self._numbers)
-        self._in_flight[number] = (sum(len(s.ids) for s in segments), time.monotonic())
+        tokens = sum(len(s.ids) for s in segments)
+        self._in_flight[number] = (tokens, time.monotonic())
         try:
-            return await self._score(segments, self._stats)
+            async with self._turns.turn(run, prompts=len(segments), tokens=tokens):
+                return await self._score(segments, self._stats)
         finally:
             del self._in_flight[number]
             self._answered_at = time.monotonic()
@@ -226,12 +235,6 @@ class TeacherScorer:
         self._in_engine -= 1
         if self._in_engine == 0:
             self._stats.engine_s += time.monotonic() - self._engine_since
-
-
-def _what_changes_answers(teacher: TeacherConfig) -> dict[str, object]:
-    """The engine's settings that its numbers depend on; speed and memory do not count."""
-    engine = teacher.engine.model_dump(mode="json")
-    return {name: engine[name] for name in ("type", "dtype", "lora", "args") if name in engine}
 
 
 def _fingerprint(identity: dict[str, object]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from fusellm_ray.config import Config
+from fusellm_ray.config import Config, TeacherConfig
 from fusellm_ray.errors import ClusterError, FuseLLMError
 from fusellm_ray.stream.failures import cause_of, summary_of
 from fusellm_ray.teachers.pool import STOP_TIMEOUT_S, TeacherPool
@@ -18,12 +18,16 @@ from fusellm_ray.teachers.report import Description, PoolStatus
 
 def start_pools(config: Config) -> dict[str, Any]:
     """Begin to start every teacher that the run listens to; returns the pools' handles by teacher."""
-    return {
-        teacher.name: ray.remote(TeacherPool)
-        .options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+    return {teacher.name: start_pool(config, teacher) for teacher in config.active_teachers}
+
+
+def start_pool(config: Config, teacher: TeacherConfig, **options: Any) -> Any:
+    """Begin to start one teacher; `options` are Ray's, for the pool's actor."""
+    return (
+        ray.remote(TeacherPool)
+        .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, **options)
         .remote(teacher, config.target, config.alignment, config.stream.deadline_s / 2)
-        for teacher in config.active_teachers
-    }
+    )
 
 
 def wait_ready(
@@ -53,7 +57,7 @@ def wait_ready(
             asked.setdefault(name, pool.status.remote())
         answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=0.5)
         for name in [name for name, ref in asked.items() if ref in answered]:
-            statuses[name] = _status(asked.pop(name))
+            statuses[name] = get_status(asked.pop(name))
         lines = {name: _line(statuses.get(name)) for name in pools}
         if on_progress is not None and lines != said:
             on_progress(lines)
@@ -119,7 +123,12 @@ def stop_pools(pools: Mapping[str, Any]) -> None:
         ray.kill(pool)
 
 
-def _status(answer: Any) -> PoolStatus:
+def get_status(answer: Any) -> PoolStatus:
+    """What a pool's `status` answers.
+
+    Raises:
+        FuseLLMError: the teacher cannot work.
+    """
     try:
         return ray.get(answer)
     except RayTaskError as error:

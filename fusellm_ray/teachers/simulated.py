@@ -42,6 +42,7 @@ class SimulatedScorer:
         tokenizer = ByteTokenizer.of_model(teacher)
         self.vocab_size = tokenizer.vocab_size
         self.max_context = teacher.max_context or _DEFAULT_CONTEXT
+        self.max_prompts = 1
         self.model_cpu_s = 0.0
         self._rng = np.random.default_rng()  # of durations and failures only, never of answers
         self._free_at = 0.0

@@ -131,7 +131,8 @@ class VllmScorer:
         self._is_flat = why_flat is not None
         self._max_top_k = args.max_logprobs
         # A few more than run at once, so that the scheduler never waits for the next prompt to arrive.
-        self._slots = asyncio.Semaphore(math.ceil(1.1 * teacher.engine.max_num_seqs))
+        self.max_prompts = math.ceil(1.1 * teacher.engine.max_num_seqs)
+        self._slots = asyncio.Semaphore(self.max_prompts)
         self._lora = _lora_request(teacher.engine.lora) if teacher.engine.lora else None
         self._request_ids = itertools.count()
         self._is_tested = False

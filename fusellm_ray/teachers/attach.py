@@ -1,0 +1,210 @@
+"""Teachers that outlive a run: pools as named, detached actors of the cluster that RAY_ADDRESS names.
+
+fusellm-ray teachers up CONFIG          start them, wait until they are ready, leave
+fusellm-ray train CONFIG --attach       several runs, each with the same teachers
+fusellm-ray teachers status | down CONFIG
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from fusellm_ray.config import Config
+from fusellm_ray.errors import ClusterError, ConfigError, FuseLLMError
+from fusellm_ray.stream.failures import cause_of, summary_of
+from fusellm_ray.teachers.identity import answer_settings, differences
+from fusellm_ray.teachers.report import Description, PoolStatus
+from fusellm_ray.teachers.service import get_status, start_pool, stop_pools, wait_ready
+
+NAMESPACE = "fusellm_ray"
+_ANSWER_S = 10.0
+"""Given to a pool to say how it stands."""
+_GONE_S = 30.0
+"""Given to processes that were told to end."""
+
+
+@contextlib.contextmanager
+def running_cluster() -> Iterator[None]:
+    """Join the cluster that RAY_ADDRESS names.
+
+    Raises:
+        ConfigError: there is none; teachers on a private one would end with this process.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if not address or address == "local":
+        raise ConfigError(
+            "RAY_ADDRESS names no cluster: teachers that outlive a run need one that does, too; start one "
+            "(ray start --head) and set RAY_ADDRESS, or use `fusellm-ray train` without --attach"
+        )
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(address=address, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def bring_up(
+    config: Config,
+    target_tokenizer: str,
+    on_progress: Callable[[dict[str, str]], None] | None = None,
+) -> dict[str, Description]:
+    """Start the config's teachers, those that run already excepted, and wait until all are ready.
+
+    Args:
+        target_tokenizer: fingerprint of the target's; what a teacher says is aligned to one tokenizer.
+        on_progress: called with a line a teacher whenever one changes.
+
+    Raises:
+        ConfigError: one of these names runs with other settings, or the config has no teachers.
+        FuseLLMError: a teacher does not come up; what was started here is stopped again.
+    """
+    if not config.active_teachers:
+        raise ConfigError(f"fusion.rule={config.fusion.rule}: this config listens to no teacher")
+    pools = {teacher.name: find_pool(teacher.name) for teacher in config.active_teachers}
+    _refuse_differences(config, {name: pool for name, pool in pools.items() if pool is not None})
+    started: dict[str, Any] = {}
+    try:
+        for teacher in config.active_teachers:
+            if pools[teacher.name] is None:
+                started[teacher.name] = start_pool(
+                    config, teacher, name=_actor(teacher.name), namespace=NAMESPACE, lifetime="detached"
+                )
+        descriptions = wait_ready(pools | started, config.run.start_timeout_s, on_progress)
+        _refuse_differences(config, pools | started, target_tokenizer)
+        return descriptions
+    except BaseException:
+        stop_pools(started)
+        raise
+
+
+def attach(config: Config, target_tokenizer: str) -> dict[str, Any]:
+    """The running pools of the config's teachers.
+
+    Args:
+        target_tokenizer: fingerprint of the target's.
+
+    Raises:
+        ClusterError: one is not running.
+        ConfigError: one runs with other settings; the message says which.
+    """
+    pools = {}
+    for teacher in config.active_teachers:
+        pools[teacher.name] = find_pool(teacher.name)
+        if pools[teacher.name] is None:
+            raise ClusterError(
+                f"teacher {teacher.name} does not run on this cluster; start it with "
+                "`fusellm-ray teachers up CONFIG`, or train without --attach"
+            )
+    _refuse_differences(config, pools)
+    wait_ready(pools, config.run.start_timeout_s)
+    _refuse_differences(config, pools, target_tokenizer)
+    return pools
+
+
+def statuses(config: Config) -> dict[str, PoolStatus | str]:
+    """How each teacher of the config stands; a text for one that does not run or does not answer."""
+    found: dict[str, PoolStatus | str] = {}
+    for teacher in config.active_teachers:
+        pool = find_pool(teacher.name)
+        found[teacher.name] = "does not run" if pool is None else _status_or_problem(pool)
+    return found
+
+
+def take_down(config: Config) -> list[str]:
+    """End the config's teachers and all their processes; returns the names of those that ran.
+
+    Raises:
+        ClusterError: a pool is still there after half a minute.
+    """
+    pools = {t.name: pool for t in config.active_teachers if (pool := find_pool(t.name)) is not None}
+    stop_pools(pools)
+    give_up = time.monotonic() + _GONE_S
+    while left := [name for name in pools if find_pool(name) is not None]:
+        if time.monotonic() > give_up:
+            raise ClusterError(
+                f"teachers {', '.join(left)}: told to end {_GONE_S:.0f} s ago, and still there"
+            )
+        time.sleep(0.2)
+    return list(pools)
+
+
+def print_statuses(found: dict[str, PoolStatus | str]) -> None:
+    """The table of `fusellm-ray teachers status`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title="teachers", title_justify="left")
+    for heading in ("teacher", "replicas", "queued tokens", "tokens/s", "latest decision or problem"):
+        table.add_column(
+            heading, justify="left" if heading in ("teacher", "latest decision or problem") else "right"
+        )
+    for name, status in found.items():
+        if isinstance(status, str):
+            table.add_row(name, "-", "-", "-", status)
+            continue
+        said = [*status.problems, *(f"→ {d.replicas}: {d.reason}" for d in status.decisions[-3:])]
+        table.add_row(
+            name,
+            f"{status.ready} ({status.wanted}..{status.most})",
+            f"{status.queued_tokens:,}",
+            f"{status.tokens_per_s:,.0f}",
+            "\n".join(said),
+        )
+    console.print(table)
+
+
+def find_pool(teacher: str) -> Any | None:
+    """The running pool of a teacher, if there is one."""
+    try:
+        return ray.get_actor(_actor(teacher), namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
+def _actor(teacher: str) -> str:
+    return f"teacher:{teacher}"
+
+
+def _status_or_problem(pool: Any) -> PoolStatus | str:
+    answer = pool.status.remote()
+    answered, _ = ray.wait([answer], timeout=_ANSWER_S)
+    if not answered:
+        return f"no answer from its pool within {_ANSWER_S:.0f} s"
+    try:
+        return get_status(answer)
+    except (FuseLLMError, RayError) as error:
+        return summary_of(cause_of(error))
+
+
+def _refuse_differences(config: Config, pools: dict[str, Any], target_tokenizer: str | None = None) -> None:
+    for teacher in config.active_teachers:
+        if teacher.name not in pools:
+            continue
+        status = _status_or_problem(pools[teacher.name])
+        if isinstance(status, str):
+            raise ClusterError(
+                f"teacher {teacher.name} runs, and cannot work: {status}; look at its log, then "
+                "`fusellm-ray teachers down CONFIG` and up again"
+            )
+        running, wanted = status.settings, answer_settings(teacher, config.alignment)
+        if target_tokenizer is not None and status.description is not None:
+            running = running | {"target's tokenizer": status.description.target_tokenizer}
+            wanted = wanted | {"target's tokenizer": target_tokenizer}
+        differing = differences(running, wanted)
+        if differing:
+            raise ConfigError(
+                f"teacher {teacher.name} runs with other settings than this config wants:\n  "
+                + "\n  ".join(differing)
+                + "\nchange the config, give the teacher another name, or take the running one down"
+            )

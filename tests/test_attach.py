@@ -1,0 +1,154 @@
+"""Teachers that outlive a run: brought up by one process, used by runs of another, taken down."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+
+from fusellm_ray.config import Config, parse_config
+from fusellm_ray.corpus.tokens import ByteTokenizer
+from fusellm_ray.errors import ClusterError, ConfigError
+from fusellm_ray.job import run_job
+from fusellm_ray.models import model_facts
+from fusellm_ray.teachers.attach import attach, bring_up, find_pool, statuses, take_down
+from fusellm_ray.teachers.report import PoolStatus
+from tests.runs import build_run
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory, tokenizer_folders: dict[str, Path]) -> dict[str, Any]:
+    tree = build_run(tmp_path_factory.mktemp("run"), tokenizer_folders, training={"steps": 2})
+    for teacher in tree["teachers"]:
+        teacher["engine"] = {"type": "simulated"}
+    return tree
+
+
+@pytest.fixture
+def cluster(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The tests' cluster, as one that RAY_ADDRESS names."""
+    address: str = ray.get_runtime_context().gcs_address
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    return address
+
+
+@pytest.fixture(scope="module")
+def up(ray_session: None, tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """What `fusellm-ray teachers up` says, run in a process that is gone by now."""
+    path = tmp_path_factory.mktemp("config") / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    command = [sys.executable, "-c", "from fusellm_ray.cli import main; main()", "teachers", "up", str(path)]
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    yield done.stderr
+    take_down(parse_config(tree))
+
+
+def pids(config: Config) -> dict[str, list[int]]:
+    tables = {t.name: ray.get(find_pool(t.name).table.remote()) for t in config.active_teachers}
+    return {
+        name: [d.pid for d in ray.get([h.describe.remote() for h in table.handles.values()])]
+        for name, table in tables.items()
+    }
+
+
+def tokenizer_of(config: Config) -> str:
+    return ByteTokenizer.of_model(config.target, model_facts(config.target).vocab_size).fingerprint
+
+
+def test_up_waits_until_all_replicas_are_ready(up: str, tree: dict[str, Any], cluster: str) -> None:
+    assert "teachers are up" in up
+    found = statuses(parse_config(tree))
+    for name in ("left", "right"):
+        status = found[name]
+        assert isinstance(status, PoolStatus)
+        assert (status.ready, status.wanted, status.problems) == (1, 1, ())
+
+
+def test_runs_share_the_teachers_and_leave_them_running(up: str, tree: dict[str, Any], cluster: str) -> None:
+    config = parse_config(tree)
+    before = pids(config)
+    for clm_weight in (0.3, 0.7):
+        named = tree | {
+            "run": tree["run"] | {"name": f"attached-{clm_weight}"},
+            "objective": {"clm_weight": clm_weight},
+        }
+        assert run_job(parse_config(named), attached=True).is_finished
+    assert pids(config) == before
+    bring_up(config, tokenizer_of(config))  # they are, so nothing happens
+    assert pids(config) == before
+
+
+def test_other_settings_are_refused_by_name(
+    up: str, tree: dict[str, Any], cluster: str, tokenizer_folders: dict[str, Path]
+) -> None:
+    left, right = tree["teachers"]
+    changed = parse_config(
+        tree | {"teachers": [left | {"top_k": 9}, right], "alignment": {"straddle": "mask"}}
+    )
+    for ask in (attach, bring_up):
+        with pytest.raises(ConfigError) as refused:
+            ask(changed, tokenizer_of(changed))
+        assert "teacher left runs with other settings" in str(refused.value)
+        assert "top_k: it runs with 8, this config wants 9" in str(refused.value)
+        assert "alignment.straddle: it runs with 'condition', this config wants 'mask'" in str(refused.value)
+
+
+def test_another_tokenizer_of_the_target_is_refused(up: str, tree: dict[str, Any], cluster: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"target's tokenizer: it runs with '.*', this config wants 'other'"
+    ):
+        attach(parse_config(tree), "other")
+
+
+def test_weights_and_numbers_of_replicas_are_each_runs_own_affair(
+    up: str, tree: dict[str, Any], cluster: str
+) -> None:
+    left, right = tree["teachers"]
+    config = parse_config(
+        tree | {"teachers": [left | {"weight": 3.0, "replicas": {"min": 2, "max": 2}}, right]}
+    )
+    assert attach(config, tokenizer_of(config)).keys() == {"left", "right"}
+
+
+def test_a_teacher_that_does_not_run_is_said(up: str, tree: dict[str, Any], cluster: str) -> None:
+    config = parse_config(tree | {"teachers": [tree["teachers"][0] | {"name": "absent"}]})
+    with pytest.raises(ClusterError, match="teacher absent does not run on this cluster; start it with"):
+        attach(config, "any")
+    assert statuses(config) == {"absent": "does not run"}
+
+
+def test_without_a_cluster_nothing_is_brought_up(
+    ray_session: None, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match="RAY_ADDRESS names no cluster"):
+        run_job(parse_config(tree), attached=True)
+
+
+def test_what_does_not_come_up_is_taken_down_again(ray_session: None, tree: dict[str, Any]) -> None:
+    config = parse_config(tree | {"teachers": [tree["teachers"][0] | {"name": "hopeless", "top_k": 5000}]})
+    with pytest.raises(ConfigError, match="top_k=5000"):
+        bring_up(config, "any")
+    assert find_pool("hopeless") is None
+
+
+def test_down_ends_all_processes(up: str, tree: dict[str, Any], cluster: str) -> None:
+    config = parse_config(tree)
+    processes = [pid for group in pids(config).values() for pid in group]
+    assert take_down(config) == ["left", "right"]
+    give_up = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in processes):
+        assert time.monotonic() < give_up
+        time.sleep(0.1)
+    assert statuses(config) == {"left": "does not run", "right": "does not run"}
+    assert take_down(config) == []
