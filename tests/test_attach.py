@@ -83,6 +83,10 @@ def test_runs_share_the_teachers_and_leave_them_running(up: str, tree: dict[str,
             "objective": {"clm_weight": clm_weight},
         }
         assert run_job(parse_config(named), attached=True).is_finished
+    for name in ("left", "right"):  # the second run asked for what the first had asked for
+        (stats,) = ray.get(find_pool(name).stats.remote()).values()
+        assert stats.cache_hits > 0
+        assert stats.positions < stats.answered
     assert pids(config) == before
     bring_up(config, tokenizer_of(config))  # they are, so nothing happens
     assert pids(config) == before

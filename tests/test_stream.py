@@ -33,6 +33,8 @@ from tests.tokenizers import VOCAB_SIZE, build, training_text
 PATIENCE_S = 300.0
 """For processes to start: seconds on an idle machine, minutes on a busy one."""
 TEXT = "".join(training_text())
+TEACHER = {"top_k": 8, "resources": {"num_cpus": 0.5}, "cache_bytes": 0}
+"""Nothing is kept: these tests ask for the same text again, and for what it costs to score it."""
 Joined = list[tuple[list[Segment], list[list[Aligned] | None]]]
 
 
@@ -54,7 +56,7 @@ def run_config(models: dict[str, Path], *teachers: dict[str, Any], **stream: Any
         {
             "run": {"name": "test"},
             "target": {"model": str(models["target"])},
-            "teachers": [{"top_k": 8, "resources": {"num_cpus": 0.5}, **teacher} for teacher in teachers],
+            "teachers": [{**TEACHER, **teacher} for teacher in teachers],
             "corpus": {"sources": [{"name": "none", "path": "none"}]},
             "training": {"steps": 1},
             "stream": stream,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -150,7 +151,7 @@ class TeacherStream:
         num_positions = [s.num_positions for s in segments]
         tokens, positions = sum(len(s.ids) for s in segments), sum(num_positions)
         request = encode_request(segments)
-        num_bytes = request.nbytes
+        num_bytes, digest = request.nbytes, zlib.crc32(request.data)
         message = ray.put(request) if self._teachers else None
         for teacher in self._teachers:
             if teacher.is_lost:
@@ -160,7 +161,7 @@ class TeacherStream:
             num_bytes += answer_bytes(positions, teacher.address.top_k, self._vocab_size)
             if not teacher.in_flight:
                 teacher.progress_at = self._now()
-            asked = Request(number, message, num_positions, tokens)
+            asked = Request(number, message, digest, num_positions, tokens)
             teacher.in_flight[number] = asked
             teacher.unsent.append(asked)
         pending = {k for k, teacher in enumerate(self._teachers) if not teacher.is_lost}
@@ -176,13 +177,17 @@ class TeacherStream:
                 self._send(teacher, teacher.unsent.popleft())
 
     def _send(self, teacher: TeacherQueue, request: Request) -> None:
-        """To the replica with the fewest of our tokens, an untried one if there is any."""
+        """To an untried replica if there is any: to the one that this text always goes to, unless that has more
+        than a request more of ours than another; then to the one that has the fewest tokens of ours."""
         self._turn += 1
         replicas = sorted(teacher.handles)
         turn = self._turn % len(replicas)
-        replica = min(
-            replicas[turn:] + replicas[:turn], key=lambda r: (r in request.tried, teacher.load.get(r, 0))
-        )
+        loads = {r: teacher.load.get(r, 0) for r in replicas}
+        # Highest random weight: replicas that come or go move only their own share of the texts.
+        own = max(replicas, key=lambda r: zlib.crc32(r.to_bytes(4, "little"), request.digest))
+        if loads[own] <= min(loads.values()) + request.tokens:
+            loads[own] = -1
+        replica = min(replicas[turn:] + replicas[:turn], key=lambda r: (r in request.tried, loads[r]))
         ref = teacher.handles[replica].score.remote(request.message, teacher.address.run)
         teacher.load[replica] = teacher.load.get(replica, 0) + request.tokens
         request.attempts[ref] = replica

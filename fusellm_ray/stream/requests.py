@@ -32,6 +32,8 @@ class Request:
 
     batch: int
     message: Any
+    digest: int
+    """Of the message: the same text goes to the same replica, which may remember it."""
     num_positions: list[int]
     tokens: int
     attempts: dict[Any, int] = field(default_factory=dict)

@@ -145,13 +145,20 @@ def print_statuses(found: dict[str, PoolStatus | str]) -> None:
 
     console = Console()
     table = Table(title="teachers", title_justify="left")
-    for heading in ("teacher", "replicas", "queued tokens", "tokens/s", "latest decision or problem"):
+    for heading in (
+        "teacher",
+        "replicas",
+        "queued tokens",
+        "tokens/s",
+        "from cache",
+        "latest decision or problem",
+    ):
         table.add_column(
             heading, justify="left" if heading in ("teacher", "latest decision or problem") else "right"
         )
     for name, status in found.items():
         if isinstance(status, str):
-            table.add_row(name, "-", "-", "-", status)
+            table.add_row(name, "-", "-", "-", "-", status)
             continue
         said = [*status.problems, *(f"→ {d.replicas}: {d.reason}" for d in status.decisions[-3:])]
         table.add_row(
@@ -159,6 +166,7 @@ def print_statuses(found: dict[str, PoolStatus | str]) -> None:
             f"{status.ready} ({status.wanted}..{status.most})",
             f"{status.queued_tokens:,}",
             f"{status.tokens_per_s:,.0f}",
+            f"{status.cache_hit_share:.0%}",
             "\n".join(said),
         )
     console.print(table)

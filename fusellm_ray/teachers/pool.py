@@ -146,6 +146,10 @@ class TeacherPool:
             ready=len(ready),
             queued_tokens=sum(m.beat.queued_tokens for m in ready if m.beat),
             tokens_per_s=sum(m.tokens_per_s for m in ready),
+            cache_hit_share=_share(
+                sum(m.beat.cache_hits for m in ready if m.beat),
+                sum(m.beat.cache_misses for m in ready if m.beat),
+            ),
             settings=answer_settings(self._teacher, self._alignment),
             asks={"CPU": resources.num_cpus, "GPU": resources.num_gpus} | resources.custom,
             problems=tuple(f"replica {m.number}: {m.problem}" for m in self._members.values() if m.problem),
@@ -389,6 +393,10 @@ class TeacherPool:
         except (RayError, FuseLLMError, TimeoutError) as error:
             logger.info("teacher %s, replica %d: stopped hard (%s)", self._teacher.name, member.number, error)
         ray.kill(member.handle)
+
+
+def _share(part: int, rest: int) -> float:
+    return part / max(1, part + rest)
 
 
 async def _await(ref: Any) -> Any:

@@ -80,8 +80,10 @@ class TeacherReplica:
             incarnation=self._incarnation,
             queued_tokens=scorer.queued_tokens,
             stalled_s=scorer.stalled_s,
-            positions=stats.positions,
+            positions=stats.answered,
             engine_s=stats.engine_s,
+            cache_hits=stats.cache_hits,
+            cache_misses=stats.cache_misses,
         )
 
     async def stats(self) -> ReplicaStats:

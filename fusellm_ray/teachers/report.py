@@ -45,6 +45,10 @@ class Heartbeat:
     """Target positions answered for, since its process started."""
     engine_s: float
     """Time its engine had something to do."""
+    cache_hits: int
+    """Segments that were asked for and not scored again ..."""
+    cache_misses: int
+    """... and those that were scored."""
 
 
 @dataclass(slots=True)
@@ -52,11 +56,17 @@ class ReplicaStats:
     """Sums since the process started."""
 
     requests: int = 0
+    answered: int = 0
+    """Target positions in the answers, from the cache or not."""
+    cache_hits: int = 0
+    """Segments that were asked for and not scored again."""
+    cache_misses: int = 0
     segments: int = 0
+    """... that were scored: all below is about them."""
     tokens: int = 0
     """Teacher tokens scored."""
     positions: int = 0
-    """Target positions answered for."""
+    """Target positions scored."""
     covered: int = 0
     """... of these, with a distribution."""
     engine_s: float = 0.0
@@ -113,6 +123,8 @@ class PoolStatus:
     """Target tokens of the requests that replicas have accepted and not answered."""
     tokens_per_s: float
     """Target positions answered for in a second, all replicas together, while they were last looked at."""
+    cache_hit_share: float
+    """Segments that were answered without being scored again, of all."""
     settings: dict[str, Any]
     """What its answers depend on; see `identity.answer_settings`."""
     asks: dict[str, float]

@@ -1,8 +1,8 @@
 """A loaded teacher: requests of `stream.frame` in, frames out. Independent of Ray.
 
-    request → segments → teacher tokens, windows ─→ engine ─→ top-k rows → aligned → frame
-              └──────── align thread ───────┘  its thread or  └───── align thread ─────┘
-                                                 process
+    request → segments → cache → teacher tokens, windows ─→ engine ─→ top-k rows → aligned → cache → frame
+                                 └─── align thread ───┘  its thread or  └── align thread ──┘
+                                                            process
 
 While the engine scores one request, another one is being tokenised or aligned. Scoring is pure: the same request
 gives the same frame, in any process, before and after a restart. So a request can always be sent again.
@@ -11,6 +11,7 @@ gives the same frame, in any process, before and after a restart. So a request c
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import itertools
 import json
@@ -22,13 +23,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fusellm_ray.alignment.project import Aligner
+from fusellm_ray.alignment.project import Aligned, Aligner
 from fusellm_ray.config import AlignmentConfig, ModelConfig, TeacherConfig
 from fusellm_ray.corpus.rows import Segment
 from fusellm_ray.corpus.tokens import ByteTokenizer, Encoding
 from fusellm_ray.errors import ConfigError, EngineError
 from fusellm_ray.models import model_facts
 from fusellm_ray.stream import frame
+from fusellm_ray.teachers.cache import AnswerCache
 from fusellm_ray.teachers.engine import Scores, make_engine
 from fusellm_ray.teachers.identity import engine_settings
 from fusellm_ray.teachers.report import ReplicaStats
@@ -83,6 +85,7 @@ class TeacherScorer:
         )
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{teacher.name}-align")
         self._turns = Turns(2 * self.engine.max_prompts)  # as many again, so that it never runs dry
+        self._cache = AnswerCache(teacher.cache_bytes)
         self._stats = ReplicaStats()
         self._in_flight: dict[int, tuple[int, float]] = {}  # request → target tokens, when it came
         self._numbers = itertools.count()
@@ -106,8 +109,12 @@ class TeacherScorer:
         tokens = sum(len(s.ids) for s in segments)
         self._in_flight[number] = (tokens, time.monotonic())
         try:
-            async with self._turns.turn(run, prompts=len(segments), tokens=tokens):
-                return await self._score(segments, self._stats)
+            parts = await self._cache.answers(segments, functools.partial(self._score_in_turn, run))
+            buffer = await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, parts)
+            self._stats.requests += 1
+            self._stats.frame_bytes += buffer.nbytes
+            self._stats.answered += sum(s.num_positions for s in segments)
+            return buffer
         finally:
             del self._in_flight[number]
             self._answered_at = time.monotonic()
@@ -129,9 +136,9 @@ class TeacherScorer:
             document="self-test",
         )
         stats = ReplicaStats()
-        buffer = await self._score([passage], stats)
+        parts = await self._score([passage], stats)
         frame.decode_frame(
-            buffer,
+            self._encode(parts),
             teacher=self._name,
             fingerprint=self.fingerprint,
             vocab_size=self.target.vocab_size,
@@ -154,6 +161,8 @@ class TeacherScorer:
         return replace(
             self._stats,
             engine_s=self._stats.engine_s + busy_s,
+            cache_hits=self._cache.hits,
+            cache_misses=self._cache.misses,
             cpu_s=time.process_time(),
             model_cpu_s=self.engine.model_cpu_s,
         )
@@ -173,7 +182,12 @@ class TeacherScorer:
 
     # ------------------------------------------------------------------------------------ one request
 
-    async def _score(self, segments: Sequence[Segment], stats: ReplicaStats) -> NDArray[np.uint8]:
+    async def _score_in_turn(self, run: str, segments: Sequence[Segment]) -> list[Aligned]:
+        tokens = sum(len(s.ids) for s in segments)
+        async with self._turns.turn(run, prompts=len(segments), tokens=tokens):
+            return await self._score(segments, self._stats)
+
+    async def _score(self, segments: Sequence[Segment], stats: ReplicaStats) -> list[Aligned]:
         loop = asyncio.get_running_loop()
         prompts = await loop.run_in_executor(self._thread, self._tokenise, segments)
         flat = [prompt for p in prompts for prompt, _ in p.windows]
@@ -199,7 +213,7 @@ class TeacherScorer:
         prompts: Sequence[Prompts],
         scores: Sequence[Scores],
         stats: ReplicaStats,
-    ) -> NDArray[np.uint8]:
+    ) -> list[Aligned]:
         started = time.perf_counter()
         answers = iter(scores)
         parts = []
@@ -216,15 +230,15 @@ class TeacherScorer:
                 rows.gold_logprobs,
             )
             stats.record(segment, aligned)
-            parts.append(aligned)
-        buffer = frame.encode_frame(
+            parts.append(frame.in_wire_form(aligned, self.target.vocab_size))
+        stats.segments += len(segments)
+        stats.align_s += time.perf_counter() - started
+        return parts
+
+    def _encode(self, parts: Sequence[Aligned]) -> NDArray[np.uint8]:
+        return frame.encode_frame(
             parts, teacher=self._name, fingerprint=self.fingerprint, vocab_size=self.target.vocab_size
         )
-        stats.requests += 1
-        stats.segments += len(segments)
-        stats.frame_bytes += buffer.nbytes
-        stats.align_s += time.perf_counter() - started
-        return buffer
 
     def _enter_engine(self) -> None:
         if self._in_engine == 0:
