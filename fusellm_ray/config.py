@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -140,6 +141,28 @@ class Resources(Frozen):
     """A fraction shares a GPU between replicas."""
     custom: dict[str, float] = {}
     """Custom Ray resources, for instance {teacher_slot: 1}."""
+    labels: dict[str, str] = {}
+    """Ray labels that its node must have, for instance {ray.io/accelerator-type: H100}; also "!H100", "in(H100, H200)"
+    and "!in(...)"."""
+
+    @field_validator("labels")
+    @classmethod
+    def _readable(cls, labels: dict[str, str]) -> dict[str, str]:
+        for name, value in labels.items():
+            if not re.fullmatch(r"!?([\w.-]+|in\([\w.-]+(, ?[\w.-]+)*\))", value):
+                raise ValueError(
+                    f"{name}: {value!r} is no label selector; write a, !a, in(a, b) or !in(a, b)"
+                )
+        return labels
+
+    def label_matches(self, labels: Mapping[str, str]) -> bool:
+        """Whether a node with these labels will do."""
+        for name, selector in self.labels.items():
+            value = selector.removeprefix("!")
+            wanted = re.split(", ?", value[3:-1]) if value.startswith("in(") else [value]
+            if (labels.get(name) in wanted) == selector.startswith("!"):
+                return False
+        return True
 
 
 class TeacherConfig(ModelConfig):
@@ -349,6 +372,8 @@ class StreamConfig(Frozen):
     """How long a rank waits for a teacher's answer, restarts included, before it gives up."""
     loss_deadline_s: float = Field(default=60.0, gt=0)
     """Without an answer for so long, a teacher counts as lost under drop and fail."""
+    allow_spilling: bool = False
+    """Run on a cluster whose nodes write objects to disk when their object store is full."""
 
 
 class EvaluationConfig(Frozen):

@@ -39,6 +39,8 @@ from fusellm_ray.observe.progress import Display, make_display
 from fusellm_ray.observe.records import RecordLog
 from fusellm_ray.observe.sinks import Sinks
 from fusellm_ray.stream.client import TeacherAddress
+from fusellm_ray.stream.address import TeacherAddress
+from fusellm_ray.stream.memory import NO_DISK_ENVIRONMENT, DiskWatch, refuse_disk
 from fusellm_ray.target.checkpoint import explain_changes, export_model
 from fusellm_ray.target.control import RunControl
 from fusellm_ray.target.storage import Checkpoints
@@ -51,11 +53,8 @@ POLL_S = 0.3
 SLOW_START_S = 60.0
 """Without a rank for so long, the driver says what it waits for."""
 
-LOCAL_RAY_ENVIRONMENT = {
-    # The stream lives in memory: without these two, a full object store overflows to disk in silence.
-    "RAY_automatic_object_spilling_enabled": "0",
-    "RAY_local_fs_capacity_threshold": "0.0",
-}
+DISK_LOOK_S = 10.0
+"""Between two looks at what nodes have written to disk: one that leaves takes its count along."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +112,8 @@ def run_job(
                 descriptions = wait_ready(pools, config.run.start_timeout_s, on_progress=display.teachers)
             else:
                 descriptions = wait_ready(pools, config.run.start_timeout_s)
+            if not config.stream.allow_spilling:
+                refuse_disk()
             identity["teachers"] = {name: d.fingerprint for name, d in descriptions.items()}
             if saved is not None:
                 _refuse_changes(saved, identity, allow_changes, checkpoints.folder)
@@ -163,7 +164,7 @@ def local_or_running_cluster(config: Config) -> Iterator[None]:
     if address:
         ray.init(address=address, log_to_driver=False)
     else:
-        for name, value in LOCAL_RAY_ENVIRONMENT.items():
+        for name, value in NO_DISK_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         ray.init(
             address="local",
@@ -313,6 +314,7 @@ def _fit(
     watch = PoolWatch({address.name: address.pool for address in addresses})
     losses = TeacherLosses([address.name for address in addresses])
     asked_to_stop = False
+    disk, disk_looked_at = DiskWatch(), time.monotonic()
     started = time.monotonic()
     has_said_so = False
     thread.start()
@@ -329,6 +331,9 @@ def _fit(
                 records, num_dropped = ray.get(control.take.remote())
             except RayError as error:
                 raise ClusterError(f"the run's control actor on this node is gone: {error}") from error
+            if time.monotonic() - disk_looked_at > DISK_LOOK_S:
+                disk_looked_at = time.monotonic()
+                disk.look()
             stop.can_wait = stop.can_wait or bool(records)
             if not stop.can_wait and not has_said_so and time.monotonic() - started > SLOW_START_S:
                 has_said_so = True
@@ -340,8 +345,9 @@ def _fit(
                 display.note(f"{num_dropped} records were dropped before this driver could read them")
             for record in records:
                 notes = losses.notes(record)
-                if record["event"] == "end" and losses.dropped_tokens:
-                    record["dropped_tokens"] = losses.dropped_tokens
+                if record["event"] == "end":
+                    record["spilled_bytes"] = disk.look()
+                    record |= {"dropped_tokens": losses.dropped_tokens} if losses.dropped_tokens else {}
                 log.write(record)
                 sinks.write(record)
                 display.show(record)

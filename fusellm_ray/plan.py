@@ -175,18 +175,40 @@ def require_resources(config: Config, *, has_teachers: bool = False) -> str | No
 
     have = ray.cluster_resources()
     needs = demand(config, with_teachers=not has_teachers)
-    short = {name: amount for name, amount in needs.items() if have.get(name, 0.0) + 1e-6 < amount}
-    if not short:
+    missing = [
+        f"{name}: asked {amount:g}, there {have.get(name, 0.0):g}"
+        for name, amount in needs.items()
+        if have.get(name, 0.0) + 1e-6 < amount
+    ]
+    if not has_teachers:
+        missing += _missing_labels(config, [node for node in ray.nodes() if node["Alive"]])
+    if not missing:
         return None
-    text = ", ".join(
-        f"{name}: asked {amount:g}, there {have.get(name, 0.0):g}" for name, amount in short.items()
-    )
+    text = ", ".join(missing)
     if not os.environ.get("RAY_ADDRESS"):
         raise ClusterError(
             f"this machine is too small for the run ({text}); lower trainer.workers, teachers' replicas or their "
             "resources (fractions share a core), or set RAY_ADDRESS to a larger cluster"
         )
     return text
+
+
+def _missing_labels(config: Config, nodes: list[dict[str, Any]]) -> list[str]:
+    """Teachers whose replicas fit no node that has their labels."""
+    missing = []
+    for teacher in config.active_teachers:
+        asked = teacher.resources
+        amounts = {"CPU": asked.num_cpus, "GPU": asked.num_gpus} | asked.custom
+        fits = [
+            node
+            for node in nodes
+            if asked.label_matches(node.get("Labels", {}))
+            and all(node["Resources"].get(name, 0.0) + 1e-6 >= amount for name, amount in amounts.items())
+        ]
+        if asked.labels and not fits:
+            labels = ", ".join(f"{name}={value}" for name, value in asked.labels.items())
+            missing.append(f"teacher {teacher.name}: no node with {labels} that holds a replica")
+    return missing
 
 
 def make_plan(config: Config, *, with_cluster: bool = True) -> Plan:

@@ -22,9 +22,9 @@ def ray_session() -> Iterator[None]:
     """One private Ray for all tests that need one; its object store never overflows to disk."""
     import ray
 
-    from fusellm_ray.job import LOCAL_RAY_ENVIRONMENT
+    from fusellm_ray.stream.memory import NO_DISK_ENVIRONMENT
 
-    os.environ.update(LOCAL_RAY_ENVIRONMENT)
+    os.environ.update(NO_DISK_ENVIRONMENT)
     os.environ.pop("RAY_ADDRESS", None)
     ray.init(
         address="local",

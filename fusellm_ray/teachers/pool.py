@@ -152,6 +152,7 @@ class TeacherPool:
             ),
             settings=answer_settings(self._teacher, self._alignment),
             asks={"CPU": resources.num_cpus, "GPU": resources.num_gpus} | resources.custom,
+            labels=resources.labels,
             problems=tuple(f"replica {m.number}: {m.problem}" for m in self._members.values() if m.problem),
             description=self._description,
             decisions=tuple(self._decisions),
@@ -199,6 +200,7 @@ class TeacherPool:
                 num_cpus=resources.num_cpus,
                 num_gpus=resources.num_gpus,
                 resources=resources.custom,
+                label_selector=resources.labels or None,
                 max_restarts=-1,
                 max_task_retries=0,  # ranks send again themselves, to whichever replica is up
                 runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}},

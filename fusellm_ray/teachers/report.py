@@ -129,6 +129,8 @@ class PoolStatus:
     """What its answers depend on; see `identity.answer_settings`."""
     asks: dict[str, float]
     """Resources of one replica."""
+    labels: dict[str, str]
+    """... and the labels of its node."""
     problems: tuple[str, ...]
     """What keeps replicas from being up, as far as known."""
     description: Description | None

@@ -143,6 +143,7 @@ def _line(status: PoolStatus | None) -> str:
     line = f"{status.ready}/{status.wanted} replicas ready"
     if status.ready < status.wanted:
         line += f", each asks for {_amounts(status.asks)}"
+        line += "".join(f" on a node with {name}={value}" for name, value in status.labels.items())
     return f"{line} ({'; '.join(status.problems)})" if status.problems else line
 
 
