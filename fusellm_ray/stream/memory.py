@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from fusellm_ray.errors import ClusterError
 
 logger = logging.getLogger(__name__)
+_messages: Any = node_manager_pb2  # its members are made when it is imported
 
 NO_DISK_ENVIRONMENT = {
     "RAY_automatic_object_spilling_enabled": "0",
@@ -93,7 +94,7 @@ class DiskWatch:
                 continue
             try:
                 stats = _raylet(node).GetNodeStats(
-                    node_manager_pb2.GetNodeStatsRequest(include_memory_info=False), timeout=_RPC_S
+                    _messages.GetNodeStatsRequest(include_memory_info=False), timeout=_RPC_S
                 )
             except grpc.RpcError as error:
                 logger.info("node %s gives no statistics: %s", node["NodeManagerAddress"], error.code())
@@ -127,7 +128,7 @@ def _ray_environment() -> dict[str, str]:
 
 
 def _system_config(node: Mapping[str, Any]) -> dict[str, Any]:
-    reply = _raylet(node).GetSystemConfig(node_manager_pb2.GetSystemConfigRequest(), timeout=_RPC_S)
+    reply = _raylet(node).GetSystemConfig(_messages.GetSystemConfigRequest(), timeout=_RPC_S)
     return json.loads(reply.system_config or "{}")
 
 
