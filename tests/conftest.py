@@ -26,14 +26,21 @@ def ray_session() -> Iterator[None]:
 
     os.environ.update(NO_DISK_ENVIRONMENT)
     os.environ.pop("RAY_ADDRESS", None)
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        num_cpus=8,
-        resources={"train_slot": 1},
-        object_store_memory=512 << 20,
-        log_to_driver=False,
-    )
+    for attempt in range(4):
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                num_cpus=8,
+                resources={"train_slot": 1},
+                object_store_memory=512 << 20,
+                log_to_driver=False,
+            )
+            break
+        except Exception as error:  # Ray gives a node 30 s to start, which a busy machine can exceed
+            if "timed out during startup" not in str(error) or attempt == 3:
+                raise
+            ray.shutdown()
     yield
     ray.shutdown()
 

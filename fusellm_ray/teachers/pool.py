@@ -79,15 +79,18 @@ class TeacherPool:
         alignment: AlignmentConfig,
         hang_s: float,
         scale_s: float = 5.0,
+        target_vocab_size: int | None = None,
     ) -> None:
         """
         Args:
             hang_s: a replica that holds requests and has answered none for so long is restarted.
             scale_s: between two looks at the load.
+            target_vocab_size: rows of the target's LM head; each replica looks it up where it is not given.
         """
         self._teacher = teacher
         self._target = target
         self._alignment = alignment
+        self._target_vocab_size = target_vocab_size
         self._hang_s = hang_s
         self._scale_s = scale_s
         # A restarted pool must not repeat a version of its former self.
@@ -205,7 +208,7 @@ class TeacherPool:
                 max_task_retries=0,  # ranks send again themselves, to whichever replica is up
                 runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}},
             )
-            .remote(self._teacher, self._target, self._alignment)
+            .remote(self._teacher, self._target, self._alignment, self._target_vocab_size)
         )
 
     async def _tend(self, member: _Member) -> None:

@@ -27,10 +27,17 @@ if TYPE_CHECKING:
 class TeacherReplica:
     """Async Ray actor. `describe` loads it, not its constructor: so loading can fail with its own error."""
 
-    def __init__(self, teacher: TeacherConfig, target: ModelConfig, alignment: AlignmentConfig) -> None:
+    def __init__(
+        self,
+        teacher: TeacherConfig,
+        target: ModelConfig,
+        alignment: AlignmentConfig,
+        target_vocab_size: int | None = None,
+    ) -> None:
         self._teacher = teacher
         self._target = target
         self._alignment = alignment
+        self._target_vocab_size = target_vocab_size
         self._incarnation = uuid.uuid4().hex
         self._loading: asyncio.Task[TeacherScorer] | None = None
         self._scorer: TeacherScorer | None = None
@@ -110,4 +117,4 @@ class TeacherReplica:
         # Brings torch and transformers: not into the pool, which needs this module to start replicas.
         from fusellm_ray.teachers.scoring import TeacherScorer
 
-        return TeacherScorer(self._teacher, self._target, self._alignment)
+        return TeacherScorer(self._teacher, self._target, self._alignment, self._target_vocab_size)

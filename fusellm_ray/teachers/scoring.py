@@ -28,7 +28,6 @@ from fusellm_ray.config import AlignmentConfig, ModelConfig, TeacherConfig
 from fusellm_ray.corpus.rows import Segment
 from fusellm_ray.corpus.tokens import ByteTokenizer, Encoding
 from fusellm_ray.errors import ConfigError, EngineError
-from fusellm_ray.models import model_facts
 from fusellm_ray.stream import frame
 from fusellm_ray.teachers.cache import AnswerCache
 from fusellm_ray.teachers.engine import Scores, make_engine
@@ -53,13 +52,27 @@ class Prompts:
 class TeacherScorer:
     """A teacher's engine, both tokenizers and the alignment between them."""
 
-    def __init__(self, teacher: TeacherConfig, target: ModelConfig, alignment: AlignmentConfig) -> None:
+    def __init__(
+        self,
+        teacher: TeacherConfig,
+        target: ModelConfig,
+        alignment: AlignmentConfig,
+        target_vocab_size: int | None = None,
+    ) -> None:
         """Load everything; takes as long as the engine does.
+
+        Args:
+            target_vocab_size: rows of the target's LM head, where known: it is looked up with transformers and
+                torch otherwise, which an engine without a model needs for nothing else.
 
         Raises:
             FuseLLMError: a model, its tokenizer or the configuration cannot work.
         """
-        self.target = ByteTokenizer.of_model(target, model_facts(target).vocab_size)
+        if target_vocab_size is None:
+            from fusellm_ray.models import model_facts
+
+            target_vocab_size = model_facts(target).vocab_size
+        self.target = ByteTokenizer.of_model(target, target_vocab_size)
         self.engine = make_engine(teacher)
         smaller = min(self.engine.vocab_size, self.target.vocab_size)
         if teacher.top_k > smaller:

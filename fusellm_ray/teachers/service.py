@@ -12,6 +12,7 @@ from ray.exceptions import RayError, RayTaskError
 from fusellm_ray.config import Config, TeacherConfig
 from fusellm_ray.errors import ClusterError, FuseLLMError
 from fusellm_ray.stream.failures import cause_of, summary_of
+from fusellm_ray.models import model_facts
 from fusellm_ray.teachers.pool import STOP_TIMEOUT_S, TeacherPool
 from fusellm_ray.teachers.report import Description, PoolStatus
 
@@ -22,11 +23,22 @@ def start_pools(config: Config) -> dict[str, Any]:
 
 
 def start_pool(config: Config, teacher: TeacherConfig, **options: Any) -> Any:
-    """Begin to start one teacher; `options` are Ray's, for the pool's actor."""
+    """Begin to start one teacher; `options` are Ray's, for the pool's actor.
+
+    Raises:
+        ModelError: the target cannot be read.
+    """
+    target_vocab_size = model_facts(config.target).vocab_size
     return (
         ray.remote(TeacherPool)
         .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, **options)
-        .remote(teacher, config.target, config.alignment, config.stream.deadline_s / 2)
+        .remote(
+            teacher,
+            config.target,
+            config.alignment,
+            config.stream.deadline_s / 2,
+            target_vocab_size=target_vocab_size,
+        )
     )
 
 

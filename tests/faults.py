@@ -1,0 +1,150 @@
+"""Runs in which real processes are killed at given steps, and teachers whose answers are not always right."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import ray
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+
+from fusellm_ray.config import Config
+from fusellm_ray.errors import EngineError
+from fusellm_ray.job import export_run
+from fusellm_ray.stream.address import HandleTable
+
+
+class Injector:
+    """A display that does something when the record of a step comes in; keeps all records and notes."""
+
+    def __init__(self, faults: dict[int, Callable[[], None]]) -> None:
+        self.faults = dict(faults)
+        self.records: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+
+    def __enter__(self) -> Injector:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def teachers(self, states: dict[str, str]) -> None:
+        pass
+
+    def show(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        if record["event"] == "step" and record["step"] in self.faults:
+            self.faults.pop(record["step"])()
+
+    @property
+    def losses(self) -> list[float]:
+        return [record["loss"] for record in self.records if record["event"] == "step"]
+
+
+def replica_pids(pool: Any) -> list[int]:
+    table = ray.get(pool.table.remote())
+    return [d.pid for d in ray.get([h.describe.remote() for h in table.handles.values()])]
+
+
+def own_processes(title: str) -> list[int]:
+    """Processes below this one whose title begins like this, for instance ray::TeacherPool."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.cmdline()[0].startswith(title):
+                found.append(process.pid)
+        except (psutil.NoSuchProcess, IndexError):
+            continue
+    return found
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def weights(config: Config, folder: Path) -> dict[str, torch.Tensor]:
+    """The trained weights, by name."""
+    return load_file(export_run(config, folder) / "model.safetensors")
+
+
+def same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+class FaultyReplica:
+    """Actor between ranks and a replica. The first time it meets a text it answers, in turn: as it should, with NaN
+    in the frame, with an engine's error, late."""
+
+    def __init__(self, replica: Any, late_s: float) -> None:
+        self._replica = replica
+        self._late_s = late_s
+        self._met: set[bytes] = set()
+        self.faults = {"nan": 0, "error": 0, "late": 0}
+
+    async def score(self, request: NDArray[np.uint8], run: str = "") -> NDArray[np.uint8]:
+        answer = await self._replica.score.remote(request, run)
+        if request.tobytes() in self._met:
+            return answer
+        self._met.add(request.tobytes())
+        kind = len(self._met) % 4
+        if kind == 1:
+            self.faults["nan"] += 1
+            return with_nan(answer)
+        if kind == 2:
+            self.faults["error"] += 1
+            raise EngineError("the engine answered NaN")
+        if kind == 3 and self._late_s:
+            self.faults["late"] += 1
+            await asyncio.sleep(self._late_s)
+        return answer
+
+    async def counted(self) -> dict[str, int]:
+        return self.faults
+
+
+def with_nan(answer: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The frame with its last residuals overwritten: they lie before the bits of `valid`."""
+    changed = answer.copy()
+    end = len(changed) // 8 * 8 - 64
+    changed[end - 256 : end] = 0xFF  # float16 0xFFFF is NaN
+    return changed
+
+
+class FaultyPool:
+    """Actor between ranks and a pool: its table holds a `FaultyReplica` before each replica."""
+
+    def __init__(self, pool: Any, late_s: float = 0.0) -> None:
+        self._pool = pool
+        self._late_s = late_s
+        self._replicas: dict[Any, Any] = {}
+
+    async def table(self, waited_s: float = 0.0) -> HandleTable:
+        return self._wrapped(await self._pool.table.remote(waited_s))
+
+    async def report(self, replica: int, reason: str) -> HandleTable:
+        return self._wrapped(await self._pool.report.remote(replica, reason))
+
+    async def status(self) -> Any:
+        return await self._pool.status.remote()
+
+    async def counted(self) -> dict[str, int]:
+        counts = [await replica.counted.remote() for replica in self._replicas.values()]
+        return {kind: sum(count[kind] for count in counts) for kind in counts[0]}
+
+    def _wrapped(self, table: HandleTable) -> HandleTable:
+        for handle in table.handles.values():
+            if handle not in self._replicas:
+                actor = ray.remote(FaultyReplica).options(num_cpus=0)
+                self._replicas[handle] = actor.remote(handle, self._late_s)
+        return HandleTable(table.version, {n: self._replicas[h] for n, h in table.handles.items()})

@@ -1,0 +1,176 @@
+"""Whole runs whose teachers are killed, hang or answer wrongly: what is trained stays the same, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from fusellm_ray.config import Config, parse_config
+from fusellm_ray.errors import TeacherLostError
+from fusellm_ray.job import run_job
+from fusellm_ray.teachers.service import start_pools, stop_pools, wait_ready
+from tests.faults import FaultyPool, Injector, kill, own_processes, replica_pids, same_bits, weights
+from tests.runs import build_run
+
+STEPS = 24
+PACE = {"type": "simulated", "tokens_per_s": 1500}
+"""A step asks for 256 tokens, so it takes at least a sixth of a second, and faults come while requests are out."""
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory, tokenizer_folders: dict[str, Path]) -> dict[str, Any]:
+    tree = build_run(
+        tmp_path_factory.mktemp("run"),
+        tokenizer_folders,
+        training={"steps": STEPS},
+        stream={"deadline_s": 300, "in_flight_tokens": 256},
+    )
+    left, right = tree["teachers"]
+    # Nothing is kept, so that every run asks for everything.
+    tree["teachers"] = [
+        left | {"replicas": {"min": 2, "max": 2}, "cache_bytes": 0},
+        right | {"engine": PACE, "cache_bytes": 0},
+    ]
+    return tree
+
+
+@pytest.fixture(scope="module")
+def pools(tree: dict[str, Any], ray_session: None) -> Iterator[dict[str, Any]]:
+    pools = start_pools(parse_config(tree))
+    wait_ready(pools, 300)
+    yield pools
+    stop_pools(pools)
+
+
+def named(tree: dict[str, Any], name: str, **sections: dict[str, Any]) -> Config:
+    changed = tree | {"run": tree["run"] | {"name": name}}
+    for section, values in sections.items():
+        changed[section] = changed.get(section, {}) | values
+    return parse_config(changed)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    tree: dict[str, Any], pools: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses by step, and final weights."""
+    config, seen = named(tree, "undisturbed"), Injector({})
+    assert run_job(config, display=seen, pools=pools).is_finished
+    return seen.losses, weights(config, tmp_path_factory.mktemp("undisturbed") / "export")
+
+
+def test_killed_replicas_a_killed_pool_and_wrong_answers_change_no_bit(
+    tree: dict[str, Any],
+    pools: dict[str, Any],
+    undisturbed: tuple[list[float], dict[str, torch.Tensor]],
+    tmp_path: Path,
+) -> None:
+    faulty: Any = ray.remote(FaultyPool).options(num_cpus=0).remote(pools["right"])
+    seen = Injector(
+        {
+            2: lambda: kill(replica_pids(pools["left"])[0]),
+            6: lambda: kill(own_processes("ray::TeacherPool")[0]),
+            10: lambda: [kill(pid) for pid in replica_pids(pools["left"])],  # none is left
+        }
+    )
+    config = named(tree, "disturbed")
+    assert run_job(config, display=seen, pools={"left": pools["left"], "right": faulty}).is_finished
+    counted = ray.get(faulty.counted.remote())
+    assert counted["nan"] >= 5
+    assert counted["error"] >= 5
+    assert seen.faults == {}
+    losses, wanted = undisturbed
+    assert seen.losses == losses  # every step once, on the same text and the same distributions
+    assert same_bits(weights(config, tmp_path / "export"), wanted)
+
+
+def test_a_run_goes_on_without_a_lost_teacher_and_takes_it_back(
+    tree: dict[str, Any], pools: dict[str, Any], undisturbed: tuple[list[float], dict[str, torch.Tensor]]
+) -> None:
+    wait_ready(pools, 300)
+    frozen = replica_pids(pools["left"])
+
+    def signal_all(number: int) -> None:
+        for pid in frozen:
+            os.kill(pid, number)
+
+    seen = Injector({3: lambda: signal_all(signal.SIGSTOP), 14: lambda: signal_all(signal.SIGCONT)})
+    config = named(tree, "dropping", stream={"on_teacher_loss": "drop", "loss_deadline_s": 2})
+    # What pools do about a hanging replica waits for half of deadline_s, 150 s here.
+    try:
+        assert run_job(config, display=seen, pools=pools).is_finished
+    finally:
+        signal_all(signal.SIGCONT)
+    steps = [r for r in seen.records if r["event"] == "step"]
+    dropped = {
+        r["step"]: r["teacher/left/dropped_tokens"] for r in steps if "teacher/left/dropped_tokens" in r
+    }
+    assert dropped
+    assert max(dropped) < STEPS  # it came back
+    assert all(0 < tokens <= steps[0]["tokens"] + 64 for tokens in dropped.values())
+    said = "\n".join(seen.notes)
+    assert "teacher left is LOST" in said
+    assert "teacher left is back" in said
+    end = seen.records[-1]
+    assert end["event"] == "end"
+    assert end["dropped_tokens"] == {"left": sum(dropped.values())}
+    assert end["spilled_bytes"] == 0
+    untouched = min(dropped) - 1
+    assert seen.losses[:untouched] == undisturbed[0][:untouched]
+
+
+def test_under_fail_the_run_ends_with_the_cause(tree: dict[str, Any], pools: dict[str, Any]) -> None:
+    wait_ready(pools, 300)
+    (frozen,) = replica_pids(pools["right"])
+    seen = Injector({2: lambda: os.kill(frozen, signal.SIGSTOP)})
+    config = named(tree, "failing", stream={"on_teacher_loss": "fail", "loss_deadline_s": 3})
+    try:
+        with pytest.raises(TeacherLostError, match=r"teacher right: no answer .*stream\.loss_deadline_s"):
+            run_job(config, display=seen, pools=pools)
+    finally:
+        os.kill(frozen, signal.SIGCONT)
+
+
+@pytest.mark.slow
+def test_a_removed_node_changes_no_bit(
+    tree: dict[str, Any], undisturbed: tuple[list[float], dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    """On a cluster of three nodes with token authentication, in a process of its own."""
+    teachers = [
+        t | {"resources": {"num_cpus": 0.1, "custom": {"teacher_slot": 1}}, "replicas": {"min": 1, "max": 1}}
+        for t in tree["teachers"]
+    ]
+    changed = tree | {
+        "teachers": teachers,
+        "run": tree["run"] | {"name": "node-loss"},
+        "trainer": tree["trainer"] | {"resources_per_worker": {"CPU": 0.2, "train_slot": 1}},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(changed))
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.node_loss", str(path), str(tmp_path / "export")],
+        capture_output=True,
+        text=True,
+        env=environment | {"RAY_AUTH_MODE": "token"},
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["removed"] == 1
+    assert told["processes_left"] == []
+    losses, wanted = undisturbed
+    assert told["losses"] == losses
+    assert same_bits(load_file(tmp_path / "export" / "model.safetensors"), wanted)
