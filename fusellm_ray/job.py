@@ -38,7 +38,6 @@ from fusellm_ray.observe.losses import TeacherLosses
 from fusellm_ray.observe.progress import Display, make_display
 from fusellm_ray.observe.records import RecordLog
 from fusellm_ray.observe.sinks import Sinks
-from fusellm_ray.stream.client import TeacherAddress
 from fusellm_ray.stream.address import TeacherAddress
 from fusellm_ray.stream.memory import NO_DISK_ENVIRONMENT, DiskWatch, refuse_disk
 from fusellm_ray.target.checkpoint import explain_changes, export_model

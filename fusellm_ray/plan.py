@@ -126,7 +126,6 @@ def _check_prompts(config: Config, tokenizer: ByteTokenizer, target: ModelFacts)
             )
 
 
-def demand(config: Config) -> dict[str, float]:
 def demand(config: Config, *, with_teachers: bool = True) -> dict[str, float]:
     """Resources that the run needs at least, by Ray's names."""
     needs: dict[str, float] = {}

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import grpc
+import psutil
 import ray
 from ray._private.grpc_utils import init_grpc_channel
 from ray.core.generated import node_manager_pb2, node_manager_pb2_grpc
@@ -43,7 +44,12 @@ def refuse_disk() -> None:
         ClusterError: naming the nodes that would write to disk, and what to set.
     """
     nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-    environments = _environments(list(nodes))
+    if any(child.name() == "raylet" for child in psutil.Process().children()):
+        environments = dict.fromkeys(
+            nodes, _ray_environment()
+        )  # this process has started it, and gave it its own
+    else:
+        environments = _environments(list(nodes))
     found = []
     for node_id, node in nodes.items():
         environment = environments.get(node_id)
