@@ -1,9 +1,9 @@
 """Does the stream keep many replicas busy? `python -m benchmarks.scaling`.
 
-Simulated replicas of 40 000 tokens a second each, in slow motion: everything that a replica's accelerator does takes
-`--dilation` times as long, so that two cores carry the processes of many. What is measured is the protocol: choice of
-replica, credits, read-ahead, fan-out. What a replica's and a rank's CPUs do costs relatively less than it would at
-full speed; `python -m benchmarks.stream` measures that. All rates are given at full speed.
+Simulated replicas of 40 000 tokens a second each, in slow motion: what a replica's accelerator does takes `--dilation`
+times as long, and sixteen replicas share an actor's process, so that two cores carry many. What is measured is the
+protocol: choice of replica, credits, read-ahead, fan-out. What the CPUs of replicas and ranks do costs relatively less
+than at full speed; `python -m benchmarks.stream` measures that. All rates are given at full speed.
 
     efficiency     tokens a second of n replicas over n times those of one, with a rank that takes all it can get
     wait_share     of a rank's time, when it trains at a pace and the teacher could do 1.2 times that
@@ -15,16 +15,20 @@ The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch
+from numpy.typing import NDArray
 
 from benchmarks.stream import TARGET, TEACHERS, TOKENIZERS, write_corpus, write_models
 from fusellm_ray.config import Config, StreamConfig, parse_config
@@ -35,32 +39,72 @@ from fusellm_ray.stream.address import HandleTable, TeacherAddress
 from fusellm_ray.stream.client import TeacherStream
 from fusellm_ray.stream.memory import NO_DISK_ENVIRONMENT
 from fusellm_ray.target.batches import RankBatches
-from fusellm_ray.teachers.service import start_pools, stop_pools, wait_ready
+from fusellm_ray.teachers.scoring import TeacherScorer
+from fusellm_ray.teachers.turns import Turns
 
 TOKENS_PER_S = 40_000
 ROW_TOKENS = 512
+REPLICAS_PER_RACK = 16
 REQUESTS_PER_REPLICA = 30
 """Measured, after a tenth of as many."""
 CAPACITY = 1.2
 """Of the teacher over the rank's appetite, where the rank's waiting is measured."""
 
 
-class Some:
-    """Actor between ranks and a pool: shows some of its replicas."""
+class Rack:
+    """Actor with several replicas, each with a simulated accelerator of its own; tokenizers and threads are shared."""
 
-    def __init__(self, pool: Any, start: int, stop: int) -> None:
-        self._pool, self._range = pool, range(start, stop)
+    def __init__(self, config: Config, replicas: int) -> None:
+        (teacher,) = config.teachers
+        first = TeacherScorer(teacher, config.target, config.alignment)
+        self._scorers = [first] + [self._another(first) for _ in range(replicas - 1)]
+
+    @staticmethod
+    def _another(first: TeacherScorer) -> TeacherScorer:
+        scorer = copy.copy(first)
+        scorer.engine = copy.copy(first.engine)
+        scorer._turns = Turns(2 * scorer.engine.max_prompts)
+        scorer._in_flight = {}
+        return scorer
+
+    async def ready(self) -> str:
+        for scorer in self._scorers:
+            await scorer.self_test()
+        return self._scorers[0].fingerprint
+
+    async def score(self, replica: int, request: NDArray[np.uint8], run: str) -> NDArray[np.uint8]:
+        return await self._scorers[replica].answer(request, run)
+
+
+@dataclass(frozen=True)
+class Replica:
+    """What a rank holds in place of a replica's handle."""
+
+    rack: Any
+    number: int
+
+    @property
+    def score(self) -> Replica:
+        return self
+
+    def remote(self, request: Any, run: str) -> Any:
+        return self.rack.score.remote(self.number, request, run)
+
+
+class Table:
+    """Actor in place of a pool: its replicas are always the same."""
+
+    def __init__(self, replicas: list[Replica]) -> None:
+        self._table = HandleTable(1, dict(enumerate(replicas)))
 
     async def table(self, waited_s: float = 0.0) -> HandleTable:
-        table = await self._pool.table.remote(waited_s)
-        return HandleTable(table.version, {n: table.handles[n] for n in self._range if n in table.handles})
+        return self._table
 
     async def report(self, replica: int, reason: str) -> HandleTable:
-        await self._pool.report.remote(replica, reason)
-        return await self.table()
+        return self._table
 
 
-def make_config(models: dict[str, Path], corpus: Path, replicas: int, dilation: float) -> Config:
+def make_config(models: dict[str, Path], corpus: Path, dilation: float) -> Config:
     return parse_config(
         {
             "run": {"name": "scaling-benchmark"},
@@ -70,8 +114,6 @@ def make_config(models: dict[str, Path], corpus: Path, replicas: int, dilation: 
                     "name": "simulated",
                     "model": str(models[TEACHERS[0]]),
                     "engine": {"type": "simulated", "tokens_per_s": TOKENS_PER_S / dilation, "jitter": 0.1},
-                    "replicas": {"min": replicas, "max": replicas},
-                    "resources": {"num_cpus": 0},
                     "cache_bytes": 0,
                 }
             ],
@@ -85,19 +127,19 @@ def make_config(models: dict[str, Path], corpus: Path, replicas: int, dilation: 
 
 
 class Bench:
-    """One pool of simulated replicas, and a rank that asks some of them."""
+    """Simulated replicas, and a rank that asks some of them."""
 
-    def __init__(self, config: Config, pool: Any, fingerprint: str) -> None:
-        self._config, self._pool, self._fingerprint = config, pool, fingerprint
+    def __init__(self, config: Config, replicas: list[Replica], fingerprint: str) -> None:
+        self._config, self._replicas, self._fingerprint = config, replicas, fingerprint
         self._tokenizer = ByteTokenizer.load(config.target.model)
         self._corpus = Corpus.open(config.corpus, 0)
 
     def addresses(self, *ranges: tuple[int, int]) -> list[TeacherAddress]:
         """A teacher each, of these replicas."""
-        actor = ray.remote(Some).options(num_cpus=0)
+        actor = ray.remote(Table).options(num_cpus=0)
         return [
-            TeacherAddress("simulated", self._fingerprint, 16, actor.remote(self._pool, *bounds))
-            for bounds in ranges
+            TeacherAddress("simulated", self._fingerprint, 16, actor.remote(self._replicas[start:stop]))
+            for start, stop in ranges
         ]
 
     def run(self, teachers: list[TeacherAddress], replicas: int, step_s: float = 0.0) -> tuple[float, float]:
@@ -147,14 +189,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         models = write_models(arguments.tokenizers, Path(folder))
         write_corpus(Path(folder) / "corpus")
-        config = make_config(models, Path(folder) / "corpus", most, arguments.dilation)
-        pools = start_pools(config)
-        try:
-            (description,) = wait_ready(pools, 1800, on_progress=print).values()
-            bench = Bench(config, pools["simulated"], description.fingerprint)
-            figures = measure(bench, arguments.replicas, arguments.dilation)
-        finally:
-            stop_pools(pools)
+        config = make_config(models, Path(folder) / "corpus", arguments.dilation)
+        sizes = [min(REPLICAS_PER_RACK, most - start) for start in range(0, most, REPLICAS_PER_RACK)]
+        racks: list[Any] = [ray.remote(Rack).options(num_cpus=0).remote(config, size) for size in sizes]
+        fingerprint = set(ray.get([rack.ready.remote() for rack in racks])).pop()
+        replicas = [Replica(rack, i) for rack, size in zip(racks, sizes, strict=True) for i in range(size)]
+        figures = measure(Bench(config, replicas, fingerprint), arguments.replicas, arguments.dilation)
     ray.shutdown()
     for key, figure in figures.items():
         print(f"{key:24} {figure}")
