@@ -123,10 +123,10 @@ def up(config: Path, overrides: tuple[str, ...]) -> None:
     display.note("teachers are up; `fusellm-ray train CONFIG --attach` uses them")
 
 
-@teachers.command()
+@teachers.command("status")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[a.b=value ...]")
-def status(config: Path, overrides: tuple[str, ...]) -> None:
+def teachers_status(config: Path, overrides: tuple[str, ...]) -> None:
     """Show how the teachers of CONFIG stand."""
     from fusellm_ray.config import load_config
 

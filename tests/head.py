@@ -47,7 +47,7 @@ class Head:
 @contextlib.contextmanager
 def running_head(num_cpus: int = 4) -> Iterator[Head]:
     """Start a head, wait for its dashboard, and end it with all its processes."""
-    from fusellm_ray.job import LOCAL_RAY_ENVIRONMENT
+    from fusellm_ray.stream.memory import NO_DISK_ENVIRONMENT
 
     # Not pytest's folder: sockets lie below it, and their paths may have 107 bytes at most.
     folder = Path(tempfile.mkdtemp(prefix="ray_head_"))
@@ -56,7 +56,7 @@ def running_head(num_cpus: int = 4) -> Iterator[Head]:
     token_file.touch(mode=0o600)
     token_file.write_text(token)
     gcs, dashboard, agent_http, agent_grpc, metrics, client = free_ports(6)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | LOCAL_RAY_ENVIRONMENT
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | NO_DISK_ENVIRONMENT
     environment |= {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",

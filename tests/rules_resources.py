@@ -9,7 +9,7 @@ import click
 from ray.scripts.scripts import start as ray_start
 
 from fusellm_ray.config import Config
-from fusellm_ray.job import LOCAL_RAY_ENVIRONMENT
+from fusellm_ray.stream.memory import NO_DISK_ENVIRONMENT
 from tests.manifests import Pod, Setup, amount, environment, node_types, rule
 
 GPU = "nvidia.com/gpu"
@@ -127,7 +127,7 @@ def object_stores_hold_the_stream_and_fit_shared_memory(setup: Setup) -> Iterato
 def nothing_spills_to_disk(setup: Setup) -> Iterator[str]:
     for pod in setup.ray_pods():
         env = environment(pod.ray)
-        for name, value in LOCAL_RAY_ENVIRONMENT.items():
+        for name, value in NO_DISK_ENVIRONMENT.items():
             if env.get(name) != value:
                 yield f"{pod.name}: {name} is {env.get(name)}, not {value}"
 

@@ -147,7 +147,6 @@ class TeacherPool:
             wanted=self._teacher.replicas.min,
             most=self._teacher.replicas.max,
             ready=len(ready),
-            queued_tokens=sum(m.beat.queued_tokens for m in ready if m.beat),
             tokens_per_s=sum(m.tokens_per_s for m in ready),
             cache_hit_share=_share(
                 sum(m.beat.cache_hits for m in ready if m.beat),

@@ -82,7 +82,7 @@ class TeacherReplica:
     async def heartbeat(self) -> Heartbeat:
         scorer = self._loaded()
         stats = scorer.stats
-        self._metrics.follow(positions=stats.positions, frame_bytes=stats.frame_bytes)
+        self._metrics.follow(positions=stats.answered, frame_bytes=stats.frame_bytes)
         return Heartbeat(
             incarnation=self._incarnation,
             queued_tokens=scorer.queued_tokens,

@@ -119,8 +119,6 @@ class PoolStatus:
     most: int
     """Replicas it may grow to."""
     ready: int
-    queued_tokens: int
-    """Target tokens of the requests that replicas have accepted and not answered."""
     tokens_per_s: float
     """Target positions answered for in a second, all replicas together, while they were last looked at."""
     cache_hit_share: float

@@ -11,8 +11,8 @@ from ray.exceptions import RayError, RayTaskError
 
 from fusellm_ray.config import Config, TeacherConfig
 from fusellm_ray.errors import ClusterError, FuseLLMError
-from fusellm_ray.stream.failures import cause_of, summary_of
 from fusellm_ray.models import model_facts
+from fusellm_ray.stream.failures import cause_of, summary_of
 from fusellm_ray.teachers.pool import STOP_TIMEOUT_S, TeacherPool
 from fusellm_ray.teachers.report import Description, PoolStatus
 
