@@ -23,6 +23,7 @@ import psutil
 import ray
 import ray.train
 import ray.train.torch
+from ray._private import ray_constants
 from ray.exceptions import RayError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
@@ -44,6 +45,8 @@ from fusellm_ray.target.storage import Checkpoints
 from fusellm_ray.target.worker import TrainTask, train_loop
 from fusellm_ray.teachers.service import PoolWatch, start_pools, stop_pools, wait_ready
 
+JOB_STOP_WAIT_S = 60
+"""What `ray job stop` should give a run for its checkpoint; Ray's default is 3."""
 POLL_S = 0.3
 """How often the driver looks for new records."""
 SLOW_START_S = 60.0
@@ -53,6 +56,8 @@ LOCAL_RAY_ENVIRONMENT = {
     # The stream lives in memory: without these two, a full object store overflows to disk in silence.
     "RAY_automatic_object_spilling_enabled": "0",
     "RAY_local_fs_capacity_threshold": "0.0",
+    # With this Ray listens on the loopback, as it does by default on systems where it runs on one machine only.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 
 
@@ -93,6 +98,13 @@ def run_job(
     identity = plan.preflight(config)
     # In this order: ray.init puts handlers of its own over those it finds.
     with local_or_running_cluster(config), _Stop() as stop:
+        if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # set by Ray in the entrypoint of a job
+            wait_s = int(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "3"))
+            if wait_s < JOB_STOP_WAIT_S:
+                display.note(
+                    f"`ray job stop` will kill this job after {wait_s} s, checkpoint or not; set "
+                    "RAY_JOB_STOP_WAIT_TIME_S=120 in the job's runtime environment"
+                )
         missing = plan.require_resources(config)
         if missing:
             display.note(
@@ -158,6 +170,9 @@ def local_or_running_cluster(config: Config) -> Iterator[None]:
     else:
         for name, value in LOCAL_RAY_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        ray_constants.ENABLE_RAY_CLUSTER = (
+            False  # read from the environment when ray was imported, so set again
+        )
         ray.init(
             address="local",
             include_dashboard=False,
