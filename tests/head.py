@@ -63,6 +63,7 @@ def running_head(num_cpus: int = 4) -> Iterator[Head]:
         "RAY_AUTH_TOKEN_PATH": str(token_file),
         "RAY_TMPDIR": str(folder),
         "RAY_metrics_report_interval_ms": "1000",  # 10 s by default
+        "RAY_raylet_start_wait_time_s": "240",  # for busy machines
     }
     options = {
         "port": gcs,
