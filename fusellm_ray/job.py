@@ -56,8 +56,6 @@ LOCAL_RAY_ENVIRONMENT = {
     # The stream lives in memory: without these two, a full object store overflows to disk in silence.
     "RAY_automatic_object_spilling_enabled": "0",
     "RAY_local_fs_capacity_threshold": "0.0",
-    # With this Ray listens on the loopback, as it does by default on systems where it runs on one machine only.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 
 
@@ -168,15 +166,7 @@ def local_or_running_cluster(config: Config) -> Iterator[None]:
     if address:
         ray.init(address=address, log_to_driver=False)
     else:
-        for name, value in LOCAL_RAY_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        ray_constants.ENABLE_RAY_CLUSTER = (
-            False  # read from the environment when ray was imported, so set again
-        )
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
+        start_private_ray(
             object_store_memory=max(
                 4 * config.stream.in_flight_bytes * config.trainer.workers.max, 256 << 20
             ),
@@ -189,6 +179,23 @@ def local_or_running_cluster(config: Config) -> Iterator[None]:
             ray.shutdown()
         finally:
             _end(processes)
+
+
+def start_private_ray(**options: Any) -> None:
+    """Start a Ray of this process's own that listens on the loopback alone and keeps the stream in memory.
+
+    Args:
+        options: of `ray.init`.
+    """
+    for name, value in LOCAL_RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # Ray listens on all interfaces unless it takes clusters to end at this machine, as it does on some systems.
+    usual = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, **options)
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = usual
 
 
 def _ray_processes() -> list[psutil.Process]:

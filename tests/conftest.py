@@ -22,18 +22,10 @@ def ray_session() -> Iterator[None]:
     """One private Ray for all tests that need one; its object store never overflows to disk."""
     import ray
 
-    from fusellm_ray.job import LOCAL_RAY_ENVIRONMENT
+    from fusellm_ray.job import start_private_ray
 
-    os.environ.update(LOCAL_RAY_ENVIRONMENT)
     os.environ.pop("RAY_ADDRESS", None)
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        num_cpus=8,
-        resources={"train_slot": 1},
-        object_store_memory=512 << 20,
-        log_to_driver=False,
-    )
+    start_private_ray(num_cpus=8, resources={"train_slot": 1}, object_store_memory=512 << 20)
     yield
     ray.shutdown()
 
