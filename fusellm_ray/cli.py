@@ -75,14 +75,33 @@ def quickstart(seed: int, steps: int | None, cache: Path | None, json_path: Path
 @click.option(
     "--attach", is_flag=True, help="Use the teachers that `teachers up` started; leave them running."
 )
-def train(config: Path, overrides: tuple[str, ...], allow_changes: bool, attach: bool) -> None:
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="json: an object a line, of the driver and of every other process.",
+)
+def train(
+    config: Path,
+    overrides: tuple[str, ...],
+    allow_changes: bool,
+    attach: bool,
+    log_format: Literal["text", "json"],
+) -> None:
     """Train the target of CONFIG with its teachers; run it again to resume."""
     from fusellm_ray.config import load_config
 
     settings = load_config(config, overrides)  # refuse before the seconds that the imports below take
+    if log_format == "json":
+        os.environ["RAY_LOGGING_CONFIG_ENCODING"] = "JSON"  # Ray reads it once, when it is imported
     from fusellm_ray.job import run_job
+    from fusellm_ray.observe.progress import make_display
 
-    outcome = run_job(settings, allow_changes=allow_changes, attached=attach)
+    title = settings.run.name if log_format == "json" else "training"
+    outcome = run_job(
+        settings, allow_changes=allow_changes, attached=attach, display=make_display(title, log_format)
+    )
     sys.exit(0 if outcome.is_finished else INTERRUPTED)
 
 

@@ -100,6 +100,8 @@ class VllmEngine(Frozen):
     gpu_memory_utilization: float = Field(default=0.8, gt=0, le=1)
     lora: str | None = None
     """Folder of a PEFT adapter that is applied to the model."""
+    metrics: bool = False
+    """Also export vLLM's own metrics through Ray; costs time on the event loop in every engine step."""
     args: dict[str, Any] = {}
     """Any further engine argument, by vLLM's own name; checked against vLLM's."""
 

@@ -23,6 +23,7 @@ import psutil
 import ray
 import ray.train
 import ray.train.torch
+from ray._private import ray_constants
 from ray.exceptions import RayError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
@@ -47,6 +48,8 @@ from fusellm_ray.target.worker import TrainTask, train_loop
 from fusellm_ray.teachers.attach import attach, running_cluster
 from fusellm_ray.teachers.service import PoolWatch, start_pools, stop_pools, wait_ready
 
+JOB_STOP_WAIT_S = 60
+"""What `ray job stop` should give a run for its checkpoint; Ray's default is 3."""
 POLL_S = 0.3
 """How often the driver looks for new records."""
 SLOW_START_S = 60.0
@@ -95,6 +98,13 @@ def run_job(
     identity = plan.preflight(config)
     # In this order: ray.init puts handlers of its own over those it finds.
     with running_cluster() if attached else local_or_running_cluster(config), _Stop() as stop:
+        if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # set by Ray in the entrypoint of a job
+            wait_s = int(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "3"))
+            if wait_s < JOB_STOP_WAIT_S:
+                display.note(
+                    f"`ray job stop` will kill this job after {wait_s} s, checkpoint or not; set "
+                    "RAY_JOB_STOP_WAIT_TIME_S=120 in the job's runtime environment"
+                )
         missing = plan.require_resources(config, has_teachers=attached or pools is not None)
         if missing:
             display.note(
@@ -163,12 +173,7 @@ def local_or_running_cluster(config: Config) -> Iterator[None]:
     if address:
         ray.init(address=address, log_to_driver=False)
     else:
-        for name, value in NO_DISK_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
+        start_private_ray(
             object_store_memory=max(
                 4 * config.stream.in_flight_bytes * config.trainer.workers.max, 256 << 20
             ),
@@ -181,6 +186,23 @@ def local_or_running_cluster(config: Config) -> Iterator[None]:
             ray.shutdown()
         finally:
             _end(processes)
+
+
+def start_private_ray(**options: Any) -> None:
+    """Start a Ray of this process's own that listens on the loopback alone and keeps the stream in memory.
+
+    Args:
+        options: of `ray.init`.
+    """
+    for name, value in NO_DISK_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # Ray listens on all interfaces unless it takes clusters to end at this machine, as it does on some systems.
+    usual = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, **options)
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = usual
 
 
 def _ray_processes() -> list[psutil.Process]:

@@ -333,13 +333,15 @@ def print_plan(plan: Plan) -> None:
 def _compare_with_cluster(config: Config) -> list[str]:
     import ray
 
+    from fusellm_ray.exposure import warn_of_open_cluster
+
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
+        joined = ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
         try:
             missing = require_resources(config)
+            warnings = warn_of_open_cluster(joined.dashboard_url or "")
         finally:
             ray.shutdown()
-        warnings = [] if os.environ.get("RAY_AUTH_MODE") == "token" else [_NO_AUTHENTICATION]
         if missing:
             wait = config.run.start_timeout_s
             warnings.append(
@@ -362,12 +364,6 @@ def _compare_with_cluster(config: Config) -> list[str]:
             "or check the config alone with --no-cluster"
         )
     return []
-
-
-_NO_AUTHENTICATION = (
-    "RAY_AUTH_MODE is not token: if the cluster has no authentication either, whoever reaches its ports can run code "
-    "on it; start it and this job with RAY_AUTH_MODE=token"
-)
 
 
 def _has_vllm() -> bool:

@@ -22,20 +22,12 @@ def ray_session() -> Iterator[None]:
     """One private Ray for all tests that need one; its object store never overflows to disk."""
     import ray
 
-    from fusellm_ray.stream.memory import NO_DISK_ENVIRONMENT
+    from fusellm_ray.job import start_private_ray
 
-    os.environ.update(NO_DISK_ENVIRONMENT)
     os.environ.pop("RAY_ADDRESS", None)
     for attempt in range(4):
         try:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                num_cpus=8,
-                resources={"train_slot": 1},
-                object_store_memory=512 << 20,
-                log_to_driver=False,
-            )
+            start_private_ray(num_cpus=8, resources={"train_slot": 1}, object_store_memory=512 << 20)
             break
         except Exception as error:  # Ray gives a node 30 s to start, which a busy machine can exceed
             if "timed out during startup" not in str(error) or attempt == 3:

@@ -46,11 +46,38 @@ class Head:
 
 @contextlib.contextmanager
 def running_head(num_cpus: int = 4) -> Iterator[Head]:
-    """Start a head, wait for its dashboard, and end it with all its processes."""
-    from fusellm_ray.stream.memory import NO_DISK_ENVIRONMENT
-
+    """Start a head, wait for its job service, and end it with all its processes."""
     # Not pytest's folder: sockets lie below it, and their paths may have 107 bytes at most.
     folder = Path(tempfile.mkdtemp(prefix="ray_head_"))
+    processes: list[psutil.Process] = []
+    try:
+        # Ray gives its processes 30 s to come up, which a busy machine may not grant.
+        for attempt in range(3):
+            head, process = _start(folder / str(attempt), num_cpus)
+            processes.append(psutil.Process(process.pid))
+            if _is_up(head, process):
+                break
+        log = (head.folder / "start.log").read_text
+        assert process.poll() is None, f"the head does not start\n{log()}"
+        processes += processes[-1].children(recursive=True)
+        yield head
+        assert process.poll() is None, f"the head has died\n{log()}"
+    finally:
+        for parent in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                processes = list({*processes, *parent.children(recursive=True)})
+                parent.terminate()
+        _, left = psutil.wait_procs(processes, timeout=10)
+        for straggler in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                straggler.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(folder: Path, num_cpus: int) -> tuple[Head, subprocess.Popen[bytes]]:
+    from fusellm_ray.stream.memory import NO_DISK_ENVIRONMENT
+
+    folder.mkdir()
     token = secrets.token_hex(32)
     token_file = folder / "token"
     token_file.touch(mode=0o600)
@@ -78,18 +105,9 @@ def running_head(num_cpus: int = 4) -> Iterator[Head]:
         "object-store-memory": 256 << 20,
         "temp-dir": folder,
     }
-    command = [
-        sys.executable,
-        "-m",
-        "ray.scripts.scripts",
-        "start",
-        "--head",
-        "--block",
-        "--disable-usage-stats",
-    ]
-    command += [f"--{name}={value}" for name, value in options.items()]
-    log = folder / "start.log"
-    with log.open("w") as out:
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+    command += ["--disable-usage-stats", *(f"--{name}={value}" for name, value in options.items())]
+    with (folder / "start.log").open("w") as out:
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
     head = Head(
         address=f"127.0.0.1:{gcs}",
@@ -98,20 +116,20 @@ def running_head(num_cpus: int = 4) -> Iterator[Head]:
         environment=environment | {"RAY_ADDRESS": f"127.0.0.1:{gcs}"},
         token=token,
     )
-    own = [psutil.Process(process.pid)]
-    try:
-        _wait_for_jobs_api(head, process, log)
-        own += own[0].children(recursive=True)
-        yield head
-        assert process.poll() is None, f"the head has died\n{log.read_text()}"
-    finally:
-        process.terminate()
-        _, left = psutil.wait_procs(own, timeout=10)
-        for child in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-        process.wait(timeout=10)
-        shutil.rmtree(folder, ignore_errors=True)
+    return head, process
+
+
+def _is_up(head: Head, process: subprocess.Popen[bytes]) -> bool:
+    """Wait until the job service answers, or the head has ended."""
+    request = urllib.request.Request(
+        f"{head.dashboard}/api/jobs/", headers={"Authorization": f"Bearer {head.token}"}
+    )
+    deadline = time.monotonic() + 180
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:
+            return isinstance(json.load(answer), list)
+        time.sleep(0.3)
+    return False
 
 
 def free_ports(count: int) -> list[int]:
@@ -123,17 +141,3 @@ def free_ports(count: int) -> list[int]:
             probe.bind(("", port))
             found += [port] if port not in found else []
     return found
-
-
-def _wait_for_jobs_api(head: Head, process: subprocess.Popen[bytes], log: Path) -> None:
-    request = urllib.request.Request(
-        f"{head.dashboard}/api/jobs/", headers={"Authorization": f"Bearer {head.token}"}
-    )
-    deadline = time.monotonic() + 180
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()
-        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:
-            assert isinstance(json.load(answer), list)
-            return
-        time.sleep(0.3)
-    raise AssertionError(f"the head's job service did not come up\n{log.read_text()}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -249,6 +250,16 @@ def test_top_k_over_the_vocabulary_is_refused(tree: dict[str, Any]):
         run_job(parse_config(tree | {"teachers": teachers}))
 
 
+def listening(processes: list[psutil.Process]) -> set[str]:
+    """Addresses at which they take connections."""
+    found = set()
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            connections = process.net_connections("inet")
+            found |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+    return found
+
+
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_where_it_was_and_leaves_no_process(
     tree: dict[str, Any], undisturbed: Config, tmp_path: Path
@@ -266,11 +277,13 @@ def test_a_stopped_run_goes_on_where_it_was_and_leaves_no_process(
         seen.append(line)
         if "step 1/6" in line:
             children = psutil.Process(stopped.pid).children(recursive=True)
+            heard_at = listening([psutil.Process(stopped.pid), *children])
             stopped.send_signal(signal.SIGTERM)
             break
     rest = stopped.stderr.read()
     assert stopped.wait(timeout=120) == 130, "".join(seen) + rest
     assert children
+    assert heard_at <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
     deadline = time.monotonic() + 20
     while any(child.is_running() for child in children) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import yaml
 
+from fusellm_ray.exposure import is_open
 from fusellm_ray.target.storage import Checkpoints
 from tests.head import Head, free_ports
 from tests.runs import build_run
@@ -144,6 +145,17 @@ def test_without_the_token_the_cluster_answers_nothing(ray_head: Head, live: Job
     with pytest.raises(urllib.error.HTTPError, match="401"):
         ask(ray_head, "/api/jobs/", token=None)
     assert ask(ray_head, f"/api/jobs/{live.name}", ray_head.token)["status"] == "RUNNING"
+
+
+def test_check_warns_only_of_a_dashboard_that_answers_without_a_token(ray_head: Head, folder: Path):
+    command = [sys.executable, "-m", "fusellm_ray.cli", "check", "run.yaml"]
+    checked = subprocess.run(
+        command, capture_output=True, text=True, env=ray_head.environment, cwd=folder, timeout=300
+    )
+    assert checked.returncode == 0, checked.stderr
+    assert "nothing stands against this run" in checked.stdout
+    assert "warning" not in checked.stdout
+    assert not is_open(ray_head.dashboard)
 
 
 def test_a_jobs_log_has_a_line_a_step_while_it_runs(live: Job):

@@ -233,6 +233,8 @@ def test_a_spike_does_not_flatten_a_line():
         (0.25, "share", 0, "25 %"),
         (12345.0, "number", 0, "12.35 k"),
         (2e-5, "number", 4, "2e-5"),
+        (9.5e-4, "number", 3, "0.001"),
+        (9.5e-4, "number", 6, "9.5e-4"),
         (3.14159, "number", 2, "3.14"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from rich.console import Console
 from fusellm_ray.errors import ConfigError
 from fusellm_ray.observe.records import History, RecordLog, read_records
 from fusellm_ray.observe.status import duration, render, state_of
+from fusellm_ray.teachers.report import PoolStatus
+from fusellm_ray.teachers.service import PoolWatch
 
 
 def step(number: int, **figures: Any) -> dict[str, Any]:
@@ -76,6 +79,7 @@ def test_the_configuration_is_that_of_the_latest_start():
         ([start(), step(1)], 1000.0, "stale", "no record for 14 min 59 s"),
         ([step(10), {"time": 120.0, "event": "end", "step": 10, "reason": "finished"}], 1e6, "finished", "step 10"),
         ([step(5), {"time": 120.0, "event": "end", "step": 5, "reason": "SIGTERM"}], 1e6, "stopped", "SIGTERM"),
+        ([step(5), {"time": 120.0, "event": "end", "step": 5, "reason": "stopped early"}], 1e6, "finished", "early"),
         ([step(5), {"time": 120.0, "event": "failed", "error": "out of memory"}], 1e6, "failed", "out of memory"),
         ([{"time": 9.0, "event": "end", "step": 5, "reason": "SIGTERM"}, start(5), step(6)], 107.0, "training", "6 of"),
     ],
@@ -120,3 +124,35 @@ def test_teachers_are_shown_with_their_pool_and_the_means_of_their_figures():
 )
 def test_durations_have_the_two_units_that_matter(seconds: float, text: str):
     assert duration(seconds) == text
+
+
+def test_a_pool_that_died_is_reported_and_the_others_are_still_asked(ray_session: None):
+    import ray
+
+    @ray.remote
+    class Pool:
+        """As much of a pool as is asked."""
+
+        def status(self) -> PoolStatus:
+            return PoolStatus("a", 2, 1, {}, ("replica 1: no GPU",), None, queued_tokens=7, restarts=3)
+
+    pools = {"alive": Pool.remote(), "dead": Pool.remote()}
+    ray.get([pool.status.remote() for pool in pools.values()])
+    ray.kill(pools["dead"])
+    watch = PoolWatch(pools, every_s=30)
+    deadline = time.monotonic() + 60
+    while not (states := watch.poll()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert states is not None
+    assert states["alive"] == {
+        "ready": 1,
+        "wanted": 2,
+        "queued_tokens": 7,
+        "restarts": 3,
+        "problems": ["replica 1: no GPU"],
+    }
+    assert states["dead"]["ready"] == 0
+    assert "ActorDiedError" in states["dead"]["problems"][0]
+    assert watch.poll() is None
+    for pool in pools.values():
+        ray.kill(pool)

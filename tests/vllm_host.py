@@ -9,6 +9,7 @@ process (environment, logging, threads), so pytest's own stays clear of it.
 from __future__ import annotations
 
 import asyncio
+import collections
 import json
 import multiprocessing
 import os
@@ -121,6 +122,7 @@ async def answer_in_bfloat16(folder: Path) -> None:
 
 
 async def main(folder: Path) -> None:
+    from ray.util.metrics import Metric
     from vllm.platforms import current_platform
     from vllm.v1.engine.logprobs import LogprobsProcessor
 
@@ -143,7 +145,14 @@ async def main(folder: Path) -> None:
             seen[f"args.{key}"] = f"{type(error).__name__}: {error}"
     seen["chunk_24_gib"] = largest_chunk(24 << 30, utilization=0.9, vocab_size=128_000)
 
-    engine = VllmScorer(teacher("first", build("llama", folder / "llama")))
+    counted: collections.Counter[str] = collections.Counter()
+
+    def count(metric: Metric, value: float, *_: object, **__: object) -> None:
+        counted[metric.info["name"]] += int(value)
+
+    counting = mock.patch.object(Metric, "_record", count)
+    counting.start()
+    engine = VllmScorer(teacher("first", build("llama", folder / "llama"), metrics=True))
     seen["vocab_size"], seen["max_context"], seen["is_flat"] = (
         engine.vocab_size,
         engine.max_context,
@@ -162,6 +171,8 @@ async def main(folder: Path) -> None:
     seen["too_many"] = await error_of(engine.score(prompts(), K + 1))
     await engine.stop()
     await engine.stop()
+    counting.stop()
+    seen["counted"] = counted
     seen["children_after_stop"] = len(children())
     seen["after_stop"] = await error_of(engine.score(prompts(), K))
 

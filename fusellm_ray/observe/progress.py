@@ -1,10 +1,11 @@
-"""What a person sees of a run while it goes: bars on a terminal, one line a step anywhere else."""
+"""What a person sees of a run while it goes: bars on a terminal, one line a step anywhere else, JSON on request."""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -25,8 +26,13 @@ class Display(Protocol):
         """Show one record of the run."""
 
 
-def make_display(title: str = "training") -> Display:
-    """Bars where someone watches a terminal, lines in a log."""
+LogFormat = Literal["text", "json"]
+
+
+def make_display(title: str = "training", log_format: LogFormat = "text") -> Display:
+    """Bars where someone watches a terminal, lines in a log; with json an object a line, wherever it goes."""
+    if log_format == "json":
+        return _JsonLines(title)
     return _Bars(title) if sys.stderr.isatty() else _Lines()
 
 
@@ -81,6 +87,29 @@ class _Lines:
             self.note(step_line(record))
         else:
             self.note(event_line(record))
+
+
+class _JsonLines:
+    """For collectors of logs: every line an object with time, role, run and event."""
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+
+    def __enter__(self) -> _JsonLines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        self.show({"event": "note", "text": text})
+
+    def teachers(self, states: dict[str, str]) -> None:
+        self.show({"event": "start of teachers", "teachers": states})
+
+    def show(self, record: dict[str, Any]) -> None:
+        known = {"time": round(time.time(), 3), "role": "driver", "run": self._run}
+        print(json.dumps(known | record), file=sys.stderr, flush=True)
 
 
 class _Bars:

@@ -48,8 +48,10 @@ def state_of(history: History, now: float) -> State:
         return State("failed", f"failed: {last['error']}")
     if last.get("event") == "end":
         step, reason = last["step"], last["reason"]
-        if reason == "finished":
-            return State("finished", f"finished at step {step}")
+        if reason.startswith(("finished", "stopped early")):
+            return State(
+                "finished", f"{reason} at step {step}" if reason == "finished" else f"step {step}: {reason}"
+            )
         return State("stopped", f"stopped at step {step} ({reason}); the same command resumes it")
     seconds = step_seconds(history)
     age = now - last.get("time", now)

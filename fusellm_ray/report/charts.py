@@ -130,7 +130,7 @@ def label(value: float, unit: Unit, digits: int) -> str:
     for size, suffix in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
         if abs(value) >= size:
             return f"{value / (1e3 if size == 1e4 else size):.4g}{suffix}"
-    if 0 < abs(value) < 1e-3:
+    if 0 < abs(value) < 1e-3 and (digits > 4 or abs(value) < 0.5 * 10.0**-digits):
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
     return f"{value:.{digits}f}"
@@ -155,7 +155,7 @@ def _digits_of_step(step: float, unit: Unit) -> int:
     """Decimals that ticks so far apart have."""
     if unit == "share":
         step *= 100
-    return next((d for d in range(5) if abs(step * 10**d - round(step * 10**d)) < 1e-6), 4)
+    return next((d for d in range(6) if abs(step * 10**d - round(step * 10**d)) < 1e-6), 6)
 
 
 def _colour(index: int) -> str:

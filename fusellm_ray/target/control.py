@@ -23,6 +23,9 @@ class RunControl:
         self._records: collections.deque[dict[str, Any]] = collections.deque(maxlen=MAX_RECORDS)
         self._num_dropped = 0
 
+    def __repr__(self) -> str:  # Ray puts it in front of this process's log lines
+        return "run control"
+
     def request_stop(self, reason: str) -> None:
         """Ask the ranks to save a checkpoint after the step under way, and to end."""
         self._stop_reason = self._stop_reason or reason

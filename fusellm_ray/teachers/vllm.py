@@ -137,12 +137,12 @@ class VllmScorer:
         self._request_ids = itertools.count()
         self._is_tested = False
         self._is_stopped = False
-        self._start(args)
+        self._start(args, [_ray_stat_logger()] if teacher.engine.metrics else None)
         self.vocab_size: int = self._engine.model_config.get_vocab_size()
         self.max_context: int = self._engine.model_config.max_model_len - 1
         self.model_cpu_s = math.nan  # the engine core is a process of its own
 
-    def _start(self, args: AsyncEngineArgs) -> None:
+    def _start(self, args: AsyncEngineArgs, stat_loggers: list[Any] | None) -> None:
         before = set(multiprocessing.active_children())
         reader, writer = multiprocessing.Pipe(duplex=False)
         target = staticmethod(functools.partial(_run_engine_core, writer))
@@ -151,7 +151,7 @@ class VllmScorer:
                 mock.patch.object(EngineCoreProc, "run_engine_core", target),
                 mock.patch.object(spawn, "get_preparation_data", _without_main),
             ):
-                self._engine = AsyncLLM.from_engine_args(args)
+                self._engine = AsyncLLM.from_engine_args(args, stat_loggers=stat_loggers)
         except Exception as error:
             writer.close()
             cause = read_report(reader) or f"{type(error).__name__}: {error}"
@@ -342,6 +342,18 @@ def _check_args(name: str, args: dict[str, Any]) -> None:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
             meant = f"did you mean {near[0]!r}?" if near else "`vllm serve --help` lists them, with - for _"
             raise ConfigError(f"{where}: vLLM has no such engine argument; {meant}")
+
+
+def _ray_stat_logger() -> Any:
+    """vLLM's metrics through Ray's metrics port."""
+    import ray.util.metrics
+    from vllm.v1.metrics import ray_wrappers
+
+    if (
+        ray_wrappers.ray_metrics is None
+    ):  # it also wants Ray Serve, of which it uses one name where there is one
+        ray_wrappers.ray_metrics = ray.util.metrics
+    return ray_wrappers.RayPrometheusStatLogger
 
 
 def _set_environment() -> None:

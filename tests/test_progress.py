@@ -1,0 +1,40 @@
+"""What a run prints where nobody watches a terminal."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from fusellm_ray.observe.progress import make_display
+
+STEP = {
+    "event": "step",
+    "step": 3,
+    "steps": 10,
+    "loss": 2.5,
+    "grad_norm": 1.0,
+    "time/wait_share": 0.05,
+    "teacher/left/win_share": 0.75,
+}
+
+
+def test_a_log_has_one_line_a_step_with_the_figures_that_matter(capsys: pytest.CaptureFixture[str]):
+    with make_display() as display:
+        display.show(STEP)
+        display.note("a note")
+    step, note = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d step 3/10  loss 2\.5000  grad 1\.00  wait 5%  wins left 75%", step)
+    assert note.endswith("a note")
+
+
+def test_structured_lines_are_objects_that_say_their_role_and_run(capsys: pytest.CaptureFixture[str]):
+    with make_display("my-run", "json") as display:
+        display.teachers({"left": "1/1 replicas ready"})
+        display.note("a\nnote")
+        display.show(STEP)
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["event"] for line in lines] == ["start of teachers", "note", "step"]
+    assert {(line["role"], line["run"]) for line in lines} == {("driver", "my-run")}
+    assert lines[2] | STEP == lines[2]
