@@ -28,6 +28,8 @@ SETUPS = {
     "job": ["overlays/job"],
     "kueue": ["overlays/kueue"],
     "local": ["overlays/local"],
+    "teachers": ["overlays/teachers"],
+    "attached": ["overlays/teachers", "overlays/attached"],
     "monitoring": ["base", "monitoring"],
 }
 """What is applied together, by name."""

@@ -238,7 +238,7 @@ def test_the_readme_applies_what_is_there_with_commands_of_ours():
     assert {*SETUPS} <= {Path(folder).name for folder in folders}
     for path in [*folders, *re.findall(r"-f (deploy/\S+)", text)]:
         assert (ROOT / path).exists(), path
-    for words in re.findall(r"\bfusellm-ray ((?:train|check|export)[^`\n]*)", text):
+    for words in re.findall(r"\bfusellm-ray ((?:train|check|export|teachers)[^`\n]*)", text):
         rules_operation.parse_command(["fusellm-ray", *words.split()])
     for key in re.findall(r"secret generic (\S+)", text):
         assert f"name: {key}" in (KUBERNETES / "secrets.example.yaml").read_text()

@@ -79,6 +79,12 @@ def test_the_configuration_is_that_of_the_latest_start():
         ([start(), step(1)], 1000.0, "stale", "no record for 14 min 59 s"),
         ([step(10), {"time": 120.0, "event": "end", "step": 10, "reason": "finished"}], 1e6, "finished", "step 10"),
         ([step(5), {"time": 120.0, "event": "end", "step": 5, "reason": "SIGTERM"}], 1e6, "stopped", "SIGTERM"),
+        (
+            [{"time": 120.0, "event": "end", "step": 5, "reason": "SIGTERM"}, {"event": "teachers", "pools": {}}],
+            1e6,
+            "stopped",
+            "SIGTERM",
+        ),
         ([step(5), {"time": 120.0, "event": "end", "step": 5, "reason": "stopped early"}], 1e6, "finished", "early"),
         ([step(5), {"time": 120.0, "event": "failed", "error": "out of memory"}], 1e6, "failed", "out of memory"),
         ([{"time": 9.0, "event": "end", "step": 5, "reason": "SIGTERM"}, start(5), step(6)], 107.0, "training", "6 of"),

@@ -91,6 +91,8 @@ class History:
     """How the pools stood, now and then."""
     config: dict[str, Any] | None = None
     """Of its latest start."""
+    outcome: dict[str, Any] | None = None
+    """How it ended: `end` or `failed`; None while it runs, again after a resume."""
     last: dict[str, Any] = field(default_factory=dict)
     """The latest record of all."""
 
@@ -98,6 +100,10 @@ class History:
         event = record["event"]
         if event == "run":
             self.config = record["config"]
+        if event in ("run", "start"):
+            self.outcome = None
+        if event in ("end", "failed"):
+            self.outcome = record
         if event == "start":
             self.steps = [r for r in self.steps if r["step"] <= record["step"]]
             self.evaluations = [r for r in self.evaluations if r["step"] <= record["step"]]

@@ -43,18 +43,18 @@ def state_of(history: History, now: float) -> State:
     Args:
         now: seconds since the epoch.
     """
-    last = history.last
-    if last.get("event") == "failed":
-        return State("failed", f"failed: {last['error']}")
-    if last.get("event") == "end":
-        step, reason = last["step"], last["reason"]
+    outcome = history.outcome
+    if outcome is not None and outcome["event"] == "failed":
+        return State("failed", f"failed: {outcome['error']}")
+    if outcome is not None:
+        step, reason = outcome["step"], outcome["reason"]
         if reason.startswith(("finished", "stopped early")):
             return State(
                 "finished", f"{reason} at step {step}" if reason == "finished" else f"step {step}: {reason}"
             )
         return State("stopped", f"stopped at step {step} ({reason}); the same command resumes it")
     seconds = step_seconds(history)
-    age = now - last.get("time", now)
+    age = now - history.last.get("time", now)
     if age > max(_STALE_S, _RECENT * seconds):
         return State(
             "stale",
