@@ -140,7 +140,21 @@ def test_a_pool_that_died_is_reported_and_the_others_are_still_asked(ray_session
         """As much of a pool as is asked."""
 
         def status(self) -> PoolStatus:
-            return PoolStatus("a", 2, 1, {}, ("replica 1: no GPU",), None, queued_tokens=7, restarts=3)
+            return PoolStatus(
+                name="a",
+                wanted=2,
+                most=2,
+                ready=1,
+                tokens_per_s=0.0,
+                cache_hit_share=0.0,
+                settings={},
+                asks={},
+                labels={},
+                problems=("replica 1: no GPU",),
+                description=None,
+                queued_tokens=7,
+                restarts=3,
+            )
 
     pools = {"alive": Pool.remote(), "dead": Pool.remote()}
     ray.get([pool.status.remote() for pool in pools.values()])
