@@ -120,14 +120,16 @@ def _start(folder: Path, num_cpus: int) -> tuple[Head, subprocess.Popen[bytes]]:
 
 
 def _is_up(head: Head, process: subprocess.Popen[bytes]) -> bool:
-    """Wait until the job service answers, or the head has ended."""
+    """Wait until the head takes a job, or has ended."""
     request = urllib.request.Request(
-        f"{head.dashboard}/api/jobs/", headers={"Authorization": f"Bearer {head.token}"}
+        f"{head.dashboard}/api/jobs/",
+        data=json.dumps({"entrypoint": "true"}).encode(),
+        headers={"Authorization": f"Bearer {head.token}", "Content-Type": "application/json"},
     )
     deadline = time.monotonic() + 180
     while process.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:
-            return isinstance(json.load(answer), list)
+        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status == 200
         time.sleep(0.3)
     return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -159,6 +160,9 @@ def test_a_pool_that_died_is_reported_and_the_others_are_still_asked(ray_session
     pools = {"alive": Pool.remote(), "dead": Pool.remote()}
     ray.get([pool.status.remote() for pool in pools.values()])
     ray.kill(pools["dead"])
+    with contextlib.suppress(ray.exceptions.RayActorError):
+        while True:  # the kill takes its time
+            ray.get(pools["dead"].status.remote())
     watch = PoolWatch(pools, every_s=30)
     deadline = time.monotonic() + 60
     while not (states := watch.poll()) and time.monotonic() < deadline:
