@@ -108,28 +108,20 @@ def test_export_is_what_auto_classes_load_and_has_learnt_its_text(undisturbed: C
         export_run(undisturbed, tmp_path / "export")
 
 
-def test_a_resume_on_one_rank_goes_on_with_the_same_batches(
+def test_an_elastic_resume_on_the_one_rank_that_there_is_room_for_goes_on_with_the_same_batches(
     tree: dict[str, Any], pools: dict[str, Any], undisturbed: Config
 ):
     first = named(tree, "resumed", training={"steps": 3})
     assert run_job(first, pools=pools).step == 3
-    second = named(tree, "resumed", trainer={"workers": 1})
+    # The session's node has one train_slot.
+    elastic = {"workers": {"min": 1, "max": 3}, "resources_per_worker": {"CPU": 0.2, "train_slot": 1}}
+    second = named(tree, "resumed", trainer=elastic)
     assert run_job(second, pools=pools).is_finished
     lines = (Path(second.run.storage) / "resumed" / "metrics.jsonl").read_text().splitlines()
-    assert [r["step"] for r in map(json.loads, lines) if r["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+    records = [json.loads(line) for line in lines]
+    assert [r["step"] for r in records if r["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert [r["ranks"] for r in records if r["event"] == "start"] == [2, 1]
     assert losses(second) == pytest.approx(losses(undisturbed), rel=1e-6)
-
-
-def test_an_elastic_run_starts_with_what_there_is_and_has_the_same_batches(
-    tree: dict[str, Any], pools: dict[str, Any], undisturbed: Config
-):
-    # The session's node has one train_slot: one of at most three ranks.
-    elastic = {"workers": {"min": 1, "max": 3}, "resources_per_worker": {"CPU": 0.2, "train_slot": 1}}
-    config = named(tree, "elastic", trainer=elastic)
-    assert run_job(config, pools=pools).is_finished
-    first = (Path(config.run.storage) / "elastic" / "metrics.jsonl").read_text().splitlines()[0]
-    assert json.loads(first) == {"event": "start", "step": 0, "ranks": 1}
-    assert losses(config) == pytest.approx(losses(undisturbed), rel=1e-6)
 
 
 class KillRank:
@@ -157,8 +149,8 @@ class KillRank:
                 for process in psutil.Process().children(recursive=True)
                 if "RayTrainWorker" in " ".join(process.cmdline())
             ]
-            assert len(ranks) == 2
-            random.choice(ranks).kill()
+            # Those of a run before this one may not be gone yet.
+            random.choice(sorted(ranks, key=psutil.Process.create_time)[-2:]).kill()
 
 
 def test_a_killed_rank_comes_back_and_the_weights_are_those_of_an_undisturbed_run(
