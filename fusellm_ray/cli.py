@@ -202,7 +202,14 @@ def report(run: str, overrides: tuple[str, ...], out: Path | None, scores: Path 
 
 @main.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-@click.option("--corpus", "corpora", multiple=True, required=True, metavar="NAME=PATH", help="Held-out text.")
+@click.option("--corpus", "corpora", multiple=True, metavar="NAME=PATH", help="Held-out text.")
+@click.option("--tasks", metavar="NAME,...", help="Tasks of lm-evaluation-harness (extra `harness`).")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Folder of the tasks' data, TASK/SPLIT.jsonl, where no hub can be reached; and of own tasks, *.yaml.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Examples of each task (default: all).")
 @click.option(
     "--field", default="text", show_default=True, help="Key of the text in JSONL or Parquet records."
 )
@@ -227,6 +234,9 @@ def report(run: str, overrides: tuple[str, ...], out: Path | None, scores: Path 
 def evaluate(
     models: tuple[str, ...],
     corpora: tuple[str, ...],
+    tasks: str | None,
+    data: Path | None,
+    limit: int | None,
     field: str,
     max_bytes: int,
     context: int | None,
@@ -239,7 +249,7 @@ def evaluate(
     json_path: Path | None,
     markdown_path: Path | None,
 ) -> None:
-    """Bits per byte of Hugging Face models on text files, with paired intervals; lower is better."""
+    """Bits per byte of Hugging Face models on text, with paired intervals, and lm-evaluation-harness tasks."""
     from fusellm_ray.evaluate.models import evaluate_models
 
     evaluate_models(
@@ -251,6 +261,9 @@ def evaluate(
         dtype=dtype,
         threads=threads,
         ensembles=ensembles,
+        tasks=tasks.split(",") if tasks else (),
+        data=data,
+        limit=limit,
         against=against,
         num_resamples=resamples,
         seed=seed,

@@ -16,7 +16,8 @@ from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.errors import ConfigError
 from fusellm_ray.evaluate.bootstrap import LEVEL, NUM_RESAMPLES, PairedBootstrap
 from fusellm_ray.evaluate.ensemble import evaluate_ensemble
-from fusellm_ray.evaluate.table import as_json, difference_grid, interval_json, score_grid
+from fusellm_ray.evaluate.harness import Harness, task_grid
+from fusellm_ray.evaluate.table import Grid, as_json, difference_grid, interval_json, score_grid
 from fusellm_ray.perplexity import DocumentScore, by_domain, evaluate_model, held_out_documents
 
 DEFAULT_CONTEXT = 2048
@@ -33,6 +34,9 @@ def evaluate_models(
     dtype: str = "float32",
     threads: int | None = None,
     ensembles: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    data: Path | None = None,
+    limit: int | None = None,
     against: str | None = None,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
@@ -46,14 +50,16 @@ def evaluate_models(
         corpora: `NAME=PATH` strings; a path may be JSONL, Parquet, text, a folder or a glob.
         context: tokens read at once; at most what the model reads.
         ensembles: `TEACHER,TEACHER,…` strings, each scored as one more model, at the first model's tokens.
+        tasks, data, limit: of the lm-evaluation-harness; see `Harness`.
         against: the model that the others are compared with; default: the first.
         num_resamples, seed: of the bootstrap.
 
     Returns:
-        What is written as JSON: {models, against, differences, bootstrap}.
+        What is written as JSON: {models, against, differences, bootstrap} of the corpora and {tasks}.
 
     Raises:
-        ConfigError: a corpus is not of the form NAME=PATH, two have one name, or `against` is no model.
+        ConfigError: nothing to evaluate on, a corpus is not of the form NAME=PATH, two have one name, or `against` is
+            no model.
     """
     models = list(dict.fromkeys(models))
     teams = {f"ensemble {names}": _teachers(names) for names in ensembles}
@@ -62,30 +68,51 @@ def evaluate_models(
         raise ConfigError(f"--against {against!r} is none of the models: {', '.join((*models, *teams))}")
     if threads is not None:
         torch.set_num_threads(threads)
-    documents = held_out_documents([_source(corpus, corpora, field) for corpus in corpora], max_bytes)
-    scored: dict[str, list[DocumentScore]] = {}
+    if not corpora and not tasks:
+        raise ConfigError("nothing to evaluate on: give --corpus NAME=PATH, --tasks NAME,…, or both")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision: torch.dtype = getattr(torch, dtype)
+    harness = Harness(tasks, data=data, limit=limit) if tasks else None  # refuse before minutes of scoring
+    grids: list[Grid] = []
+    report: dict[str, Any] = {}
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        for model in progress.track(models, description="evaluate"):
-            scored[model] = evaluate_model(
-                ModelConfig(model=model),
-                documents,
-                row_tokens=context or DEFAULT_CONTEXT,
-                device="cuda" if torch.cuda.is_available() else "cpu",
-                dtype=getattr(torch, dtype),
-            )
-        target = ByteTokenizer.load(ModelConfig(model=models[0]).model)
-        for team, teachers in progress.track(teams.items(), description="ensembles"):
-            scored[team] = evaluate_ensemble(
-                teachers, target, documents, row_tokens=context or DEFAULT_CONTEXT
-            )
+        if corpora:
+            documents = held_out_documents([_source(c, corpora, field) for c in corpora], max_bytes)
+            row_tokens = context or DEFAULT_CONTEXT
+            scored: dict[str, list[DocumentScore]] = {}
+            for model in progress.track(models, description="text"):
+                scored[model] = evaluate_model(
+                    ModelConfig(model=model), documents, row_tokens=row_tokens, device=device, dtype=precision
+                )
+            target = ByteTokenizer.load(ModelConfig(model=models[0]).model)
+            for team, teachers in progress.track(teams.items(), description="ensembles"):
+                scored[team] = evaluate_ensemble(teachers, target, documents, row_tokens=row_tokens)
+            grids, report = _text_report(scored, against, num_resamples, seed)
+        if harness is not None:
+            on_tasks = {
+                model: harness.evaluate(model, device=device, dtype=precision)
+                for model in progress.track(models, description="tasks")
+            }
+            grids.append(task_grid(on_tasks))
+            report["tasks"] = on_tasks
+    for grid in grids:
+        grid.print()
+    if json_path is not None:
+        json_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if markdown_path is not None:
+        markdown_path.write_text("\n".join(grid.markdown() for grid in grids), encoding="utf-8")
+    return report
+
+
+def _text_report(
+    scored: dict[str, list[DocumentScore]], against: str, num_resamples: int, seed: int
+) -> tuple[list[Grid], dict[str, Any]]:
     scores = {model: by_domain(own) for model, own in scored.items()}
     bootstrap = PairedBootstrap(scored, num_resamples=num_resamples, seed=seed)
     differences = {model: bootstrap.difference(model, against) for model in scored if model != against}
     grids = [score_grid(scores, "bits per byte on held-out text (lower is better)")]
     if differences:
         grids.append(difference_grid(differences, against))
-    for grid in grids:
-        grid.print()
     report = {
         "models": as_json(scores),
         "against": against,
@@ -95,11 +122,7 @@ def evaluate_models(
         },
         "bootstrap": {"resamples": num_resamples, "seed": seed, "level": LEVEL},
     }
-    if json_path is not None:
-        json_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    if markdown_path is not None:
-        markdown_path.write_text("\n".join(grid.markdown() for grid in grids), encoding="utf-8")
-    return report
+    return grids, report
 
 
 def _teachers(names: str) -> list[TeacherConfig]:
