@@ -273,6 +273,20 @@ def evaluate(
 
 
 @main.command()
+@click.argument("study", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[a.b=value ...]")
+def compare(study: Path, overrides: tuple[str, ...]) -> None:
+    """Train the arms of STUDY at equal tokens and steps, and compare them; run it again to go on."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from fusellm_ray.study import load_study
+
+    settings = load_study(study, overrides)
+    from fusellm_ray.compare import run_comparison
+
+    sys.exit(0 if run_comparison(settings) else INTERRUPTED)
+
+
+@main.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL MODEL...")
 @click.option(
     "--method",

@@ -22,6 +22,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fusellm_ray.credentials import find_credentials
 from fusellm_ray.errors import ConfigError
 
+Tree = typing.TypeVar("Tree", bound=BaseModel)
+
+_TAGS = ("transformers", "vllm", "simulated")
+"""What pydantic adds to an error's path where `type` decides."""
+
 
 class Frozen(BaseModel):
     """Immutable, and refuses keys it does not know."""
@@ -537,6 +542,18 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: naming every problem, one a line.
     """
+    tree = read_tree(path)
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_config(tree, where=str(path))
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -550,9 +567,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"config {path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path}: expected a mapping of sections, got {type(tree).__name__}")
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree, where=str(path))
+    return tree
 
 
 def parse_config(tree: Mapping[str, Any], where: str = "config") -> Config:
@@ -570,10 +585,15 @@ def parse_config(tree: Mapping[str, Any], where: str = "config") -> Config:
         if preset not in PRESETS:
             raise ConfigError(f"{where}: preset {preset!r} is unknown; known: {', '.join(PRESETS)}")
         tree = _merge(PRESETS[preset], tree)
+    return validated(Config, tree, where)
+
+
+def validated(kind: type[Tree], tree: Mapping[str, Any], where: str) -> Tree:
+    """A tree as a `kind`, or every problem with it, one a line."""
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(detail) for detail in error.errors()]
+        lines = [_explain(detail, kind) for detail in error.errors()]
         raise ConfigError(f"{where}: {len(lines)} problem(s)\n  " + "\n  ".join(lines)) from None
 
 
@@ -585,7 +605,8 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set what `key.path=value` says in a tree of mappings and lists; the value is YAML."""
     dotted, separator, text = override.partition("=")
     if not separator or not dotted:
         raise ConfigError(f"override {override!r}: expected key.path=value")
@@ -593,27 +614,32 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    set_dotted(tree, dotted, value, where=f"override {override!r}")
+
+
+def set_dotted(tree: dict[str, Any], dotted: str, value: Any, where: str) -> None:
+    """Set one value of a tree; `where` is for errors."""
     node: Any = tree
     *parents, last = dotted.split(".")
     for depth, key in enumerate(parents):
         here = ".".join(parents[: depth + 1])
         if isinstance(node, list):
-            node = node[_index(node, key, override)]
+            node = node[_index(node, key, where)]
         else:
             if node.get(key) is None:
                 node[key] = {}
             node = node[key]
         if not isinstance(node, dict | list):
-            raise ConfigError(f"override {override!r}: {here} is a value, not a section")
+            raise ConfigError(f"{where}: {here} is a value, not a section")
     if isinstance(node, list):
-        node[_index(node, last, override)] = value
+        node[_index(node, last, where)] = value
     else:
         node[last] = value
 
 
-def _index(items: list[Any], key: str, override: str) -> int:
+def _index(items: list[Any], key: str, where: str) -> int:
     if not key.isdigit() or int(key) >= len(items):
-        raise ConfigError(f"override {override!r}: {key!r} is no index of a list of {len(items)}")
+        raise ConfigError(f"{where}: {key!r} is no index of a list of {len(items)}")
     return int(key)
 
 
@@ -623,11 +649,11 @@ def _refuse_duplicates(kind: str, names: list[str]) -> None:
         raise ValueError(f"two {kind}s are named {twice[0]!r}; give each its own name")
 
 
-def _explain(detail: Any) -> str:
-    location = [part for part in detail["loc"] if part not in ("transformers", "vllm", "simulated")]
+def _explain(detail: Any, root: type[BaseModel]) -> str:
+    location = [part for part in detail["loc"] if part not in _TAGS]
     where = ".".join(str(part) for part in location) or "config"
     if detail["type"] == "extra_forbidden":
-        known = _known_keys(detail["loc"][:-1])
+        known = _known_keys(detail["loc"][:-1], root)
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         meant = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"{where}: unknown key; {meant}"
@@ -639,9 +665,9 @@ def _explain(detail: Any) -> str:
     return f"{where}: {message}{shown}"
 
 
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
+def _known_keys(location: tuple[Any, ...], root: type[BaseModel]) -> list[str]:
     """Keys of the section at `location`, an error's path from the root."""
-    annotation: Any = Config
+    annotation: Any = root
     for part in location:
         if isinstance(part, int):
             (annotation,) = typing.get_args(annotation)

@@ -93,10 +93,12 @@ def pretrain(
     batch_rows: int,
     seed: int,
     on_step: Callable[[int, float], None],
+    lr_scale: float = 1.0,
 ) -> None:
     """Train in place on `rows` [R, L], in an order drawn from the seed, again when they run out.
 
     Args:
+        lr_scale: of both learning rates; below 1 to continue a trained model.
         on_step: called after each step with its number, from 1, and the mean loss of its tokens in nats.
     """
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
@@ -107,8 +109,8 @@ def pretrain(
     inner_ids = {id(p) for p in inner}
     rest = [p for p in model.parameters() if id(p) not in inner_ids]
     optimisers: list[torch.optim.Optimizer] = [
-        Muon(inner, lr=MUON_LR),
-        torch.optim.AdamW(rest, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+        Muon(inner, lr=lr_scale * MUON_LR),
+        torch.optim.AdamW(rest, lr=lr_scale * ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(o, lambda step: _schedule(step, steps)) for o in optimisers

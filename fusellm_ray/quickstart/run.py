@@ -28,7 +28,7 @@ from fusellm_ray.evaluate.table import as_json, mean_bits_per_byte, print_scores
 from fusellm_ray.job import export_run, local_or_running_cluster, run_job
 from fusellm_ray.observe.progress import make_display
 from fusellm_ray.perplexity import DomainScore, bits_per_byte, held_out_documents, load_model
-from fusellm_ray.quickstart.zoo import DEFAULT_CACHE, Zoo, build_zoo
+from fusellm_ray.quickstart.zoo import DEFAULT_CACHE, Zoo, build_zoo, point_latest
 from fusellm_ray.report.write import SCORES_FILE
 from fusellm_ray.target.storage import Checkpoints
 
@@ -143,9 +143,7 @@ def _build(cache: Path, console: Console) -> Zoo:
 
         zoo = build_zoo(cache, on_progress=on_progress)
     # A fixed name for the configuration file, so that `fusellm-ray train configs/quickstart.yaml` works, too.
-    fresh = cache / f".latest-{os.getpid()}"
-    fresh.symlink_to(zoo.folder.name)
-    fresh.replace(cache / "latest")
+    point_latest(zoo.folder)
     return zoo
 
 

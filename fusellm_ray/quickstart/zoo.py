@@ -87,14 +87,19 @@ class Plan:
 
     def version(self) -> str:
         """Changes with the recipes, the code that follows them, and the packages whose text is read."""
-        packages = ("torch", "tokenizers", "transformers", *PROSE_PACKAGES)
-        content = {
-            "plan": asdict(self),
-            "python": platform.python_version(),
-            "packages": {name: _package_version(name) for name in packages},
-            "code": {name: _sha256(Path(__file__).with_name(name)) for name in _CODE},
-        }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return version_of(asdict(self), _CODE)
+
+
+def version_of(plan: Mapping[str, Any], code: Sequence[str]) -> str:
+    """A hash of a plan, the modules that follow it, and the packages whose text is read."""
+    packages = ("torch", "tokenizers", "transformers", *PROSE_PACKAGES)
+    content = {
+        "plan": plan,
+        "python": platform.python_version(),
+        "packages": {name: _package_version(name) for name in packages},
+        "code": {name: _sha256(Path(__file__).with_name(name)) for name in code},
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,24 +138,40 @@ def build_zoo(
         ModelError: a model's process failed.
     """
     plan = plan or Plan()
-    cache = Path(cache_dir).expanduser()
-    folder = cache / plan.version()
+
+    def build(folder: Path) -> None:
+        _build(Zoo.at(folder), plan, on_progress)
+        (folder / "plan.json").write_text(json.dumps(asdict(plan), indent=2))
+
+    return Zoo.at(build_cached(Path(cache_dir), plan.version(), build, on_progress))
+
+
+def build_cached(cache: Path, version: str, build: Callable[[Path], None], on_progress: OnProgress) -> Path:
+    """The folder `version` of a cache, built now if it is not there; it appears whole or not at all."""
+    cache = cache.expanduser()
+    folder = cache / version
     if folder.is_dir():
-        return Zoo.at(folder)
+        return folder
     cache.mkdir(parents=True, exist_ok=True)
     with _lock(folder.with_suffix(".lock"), on_progress):
         if folder.is_dir():
-            return Zoo.at(folder)
+            return folder
         for stale in cache.glob(f"{folder.name}.building-*"):
             shutil.rmtree(stale, ignore_errors=True)
         building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.building-", dir=cache))
         try:
-            _build(Zoo.at(building), plan, on_progress)
-            (building / "plan.json").write_text(json.dumps(asdict(plan), indent=2))
+            build(building)
             _rename(building, folder)
         finally:
             shutil.rmtree(building, ignore_errors=True)
-    return Zoo.at(folder)
+    return folder
+
+
+def point_latest(folder: Path) -> None:
+    """Give a folder of a cache the fixed name `latest`, for configuration files."""
+    fresh = folder.parent / f".latest-{os.getpid()}"
+    fresh.symlink_to(folder.name)
+    fresh.replace(folder.parent / "latest")
 
 
 def _build(zoo: Zoo, plan: Plan, on_progress: OnProgress) -> None:
@@ -165,16 +186,16 @@ def _build(zoo: Zoo, plan: Plan, on_progress: OnProgress) -> None:
         text.write_jsonl(zoo.train[domain], split.train)
         text.write_jsonl(zoo.heldout[domain], split.heldout)
     on_progress("text", 1.0, "found")
-    jobs = {d: _Job(zoo.experts[d], plan.experts[d], (sources[d],), plan.seed) for d in DOMAINS}
-    jobs["target"] = _Job(zoo.target, plan.target, tuple(sources.values()), plan.seed)
-    _run_processes(jobs, on_progress)
+    jobs = {d: Job(zoo.experts[d], plan.experts[d], (sources[d],), plan.seed) for d in DOMAINS}
+    jobs["target"] = Job(zoo.target, plan.target, tuple(sources.values()), plan.seed)
+    run_processes(jobs, on_progress)
 
 
 # ---------------------------------------------------------------------------------- one model, in its process
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class Job:
     """One model to build, in a process of its own."""
 
     folder: Path
@@ -182,13 +203,16 @@ class _Job:
     sources: tuple[Path, ...]
     """Read in equal parts."""
     seed: int
+    start: Path | None = None
+    """Continue this model, with its tokenizer, instead of beginning anew."""
+    lr_scale: float = 1.0
 
 
-def _build_model(job: _Job, report: Callable[[float, str], None]) -> None:
+def _build_model(job: Job, report: Callable[[float, str], None]) -> None:
     """Train a tokenizer and a model, and write both."""
     import torch
     import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     from fusellm_ray.quickstart.pretrain import pretrain, token_rows
     from fusellm_ray.quickstart.tokenizer import train_tokenizer
@@ -198,17 +222,24 @@ def _build_model(job: _Job, report: Callable[[float, str], None]) -> None:
     torch.manual_seed(job.seed)
     transformers.logging.disable_progress_bar()
     documents = [[document.text for document in text.read_jsonl(path)] for path in job.sources]
-    report(0.0, "training the tokenizer")
-    tokenizer = train_tokenizer(
-        recipe.tokenizer, _take(documents, recipe.tokenizer_bytes), recipe.vocab_size, recipe.row_tokens
-    )
+    if job.start is None:
+        report(0.0, "training the tokenizer")
+        tokenizer = train_tokenizer(
+            recipe.tokenizer, _take(documents, recipe.tokenizer_bytes), recipe.vocab_size, recipe.row_tokens
+        )
+    else:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(job.start)
     report(0.02, "reading the text")
     num_tokens = recipe.steps * recipe.batch_rows * recipe.row_tokens
     most_bytes_per_token = 5
     rows = token_rows(tokenizer, _take(documents, num_tokens * most_bytes_per_token), recipe.row_tokens)
-    shape = _shape(recipe) | {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = AutoConfig.for_model(recipe.architecture, vocab_size=len(tokenizer), **shape)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel
+    if job.start is None:
+        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        config = AutoConfig.for_model(recipe.architecture, vocab_size=len(tokenizer), **_shape(recipe), **ids)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(job.start, dtype=torch.float32)
 
     reported = 0.0
 
@@ -218,7 +249,15 @@ def _build_model(job: _Job, report: Callable[[float, str], None]) -> None:
             reported = time.monotonic()
             report(0.05 + 0.94 * step / recipe.steps, f"step {step}/{recipe.steps}, {loss:.2f} nats a token")
 
-    pretrain(model, rows, steps=recipe.steps, batch_rows=recipe.batch_rows, seed=job.seed, on_step=on_step)
+    pretrain(
+        model,
+        rows,
+        steps=recipe.steps,
+        batch_rows=recipe.batch_rows,
+        seed=job.seed,
+        on_step=on_step,
+        lr_scale=job.lr_scale,
+    )
     model.save_pretrained(job.folder)
     tokenizer.save_pretrained(job.folder)
     report(1.0, "done")
@@ -264,7 +303,7 @@ def _take(sources: Sequence[Sequence[str]], num_bytes: int) -> list[str]:
 # ---------------------------------------------------------------------------------- processes
 
 
-def _run_processes(jobs: Mapping[str, _Job], on_progress: OnProgress) -> None:
+def run_processes(jobs: Mapping[str, Job], on_progress: OnProgress) -> None:
     """Build all models at once, one process and one thread each; stop them all if one fails."""
     context = get_context("spawn")
     running: dict[Connection, tuple[str, BaseProcess]] = {}
@@ -303,7 +342,7 @@ def _run_processes(jobs: Mapping[str, _Job], on_progress: OnProgress) -> None:
             process.join()
 
 
-def _in_process(sender: Connection, job: _Job) -> None:
+def _in_process(sender: Connection, job: Job) -> None:
     """Entry of a process. Ctrl-C is the parent's to handle; without a parent, the next report ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

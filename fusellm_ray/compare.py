@@ -1,0 +1,354 @@
+"""`fusellm-ray compare`: every arm of a study at equal tokens and steps, over several seeds, in one table.
+
+    study ─ build ─┬─ arms without training (model, merge, ensemble) ─────────────┐
+                   └─ Ray ─ teachers, up once ─ each trained arm × each seed ─────┴─ scores on held-out text
+                                                                                            │ results/*.json
+                                                                    table, Markdown, JSON ──┘
+
+Each arm and seed leaves one file of scores, document by document. The same command again makes only what is
+missing; an interrupted training run goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fusellm_ray.config import Config, ModelConfig
+from fusellm_ray.corpus.source import Document
+from fusellm_ray.corpus.tokens import ByteTokenizer
+from fusellm_ray.evaluate.comparison import Comparison
+from fusellm_ray.evaluate.ensemble import evaluate_ensemble
+from fusellm_ray.evaluate.merge import merge_models
+from fusellm_ray.job import export_run, local_or_running_cluster, run_job
+from fusellm_ray.observe.progress import make_display
+from fusellm_ray.perplexity import DocumentScore, by_domain, evaluate_model, held_out_documents
+from fusellm_ray.quickstart.domains import build_domains, build_text
+from fusellm_ray.quickstart.zoo import OnProgress, build_zoo, point_latest
+from fusellm_ray.report.write import write_report
+from fusellm_ray.study import Arm, Study
+from fusellm_ray.target.storage import STEP_FOLDER
+from fusellm_ray.teachers.service import start_pool, stop_pools
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One arm with one seed: one file of results."""
+
+    arm: Arm
+    seed: int
+    name: str
+    """Of its file and its run; holds a hash of all that it depends on."""
+
+
+def run_comparison(study: Study) -> bool:
+    """Make what is missing of a study, and write its table.
+
+    Writes into the study's folder: comparison.md and comparison.json, reports/ (a page for each trained arm),
+    results/, runs/ (metrics of the trained arms), models/ where they are kept.
+
+    Returns:
+        False after a requested stop, from which the same command goes on.
+    """
+    console = Console(stderr=True)
+    _build(study, _StageLines(console))
+    base = study.config()
+    documents = held_out_documents(base.evaluation.sources, base.evaluation.max_bytes)
+    cells = _cells(study, documents)
+    missing = [cell for cell in cells if not _result(study, cell).is_file()]
+    console.print(
+        f"{study.name}: {len(study.arms)} arms, seeds {study.seeds}: {len(cells) - len(missing)} of {len(cells)} "
+        f"results are there ({study.folder})"
+    )
+    (study.folder / "results").mkdir(parents=True, exist_ok=True)
+    is_finished = _make(study, missing, documents, console)
+    done = [cell for cell in cells if _result(study, cell).is_file()]
+    if any(cell.arm.name == study.against for cell in done):
+        comparison = _read(study, done)
+        comparison.grid().print()
+        _write(study.folder / "comparison.json", json.dumps(comparison.as_json(), indent=1) + "\n")
+        _write(study.folder / "comparison.md", comparison.markdown())
+        _write_reports(study, done)
+        console.print(f"wrote {study.folder}/: comparison.md, comparison.json, reports/")
+    if not is_finished:
+        console.print(f"stopped: {len(done)} of {len(cells)} results are there; the same command goes on")
+    return is_finished
+
+
+def _build(study: Study, on_progress: OnProgress) -> None:
+    if study.build == "domains":
+        build_domains(on_progress=on_progress)
+    elif study.build == "quickstart":
+        point_latest(build_zoo(on_progress=on_progress).folder)
+    elif study.build == "text":
+        build_text(on_progress=on_progress)
+
+
+def _make(study: Study, missing: Sequence[Cell], documents: list[Document], console: Console) -> bool:
+    """Make every missing result; False after a requested stop."""
+    number = 0
+
+    def announce(cell: Cell, what: str) -> None:
+        nonlocal number
+        number += 1
+        console.print(f"[{number}/{len(missing)}] {cell.arm.name}, seed {cell.seed}: {what}")
+
+    for cell in missing:
+        if cell.arm.kind != "train":
+            announce(cell, cell.arm.kind)
+            started = time.perf_counter()
+            _keep(study, cell, _score_untrained(study, cell, documents), time.perf_counter() - started)
+    trained = {
+        cell.name: (cell, study.config(cell.arm, seed=cell.seed, run=cell.name))
+        for cell in missing
+        if cell.arm.kind == "train"
+    }
+    if not trained:
+        return True
+    with local_or_running_cluster(study.config()), _Teachers() as teachers:
+        waiting = _by_teachers([config for _, config in trained.values()])
+        while waiting:
+            cell, config = trained[waiting[0].run.name]
+            announce(cell, "training")
+            started = time.perf_counter()
+            pools = teachers.up(config)
+            outcome = run_job(_training_only(config), pools=pools, display=make_display(cell.arm.name))
+            if not outcome.is_finished:
+                return False
+            waiting = waiting[1:]
+            teachers.keep(waiting)
+            scores = _score_trained(study, config, documents)
+            _keep(study, cell, scores, time.perf_counter() - started)
+    return True
+
+
+# ---------------------------------------------------------------------------------------- teachers
+
+
+def _pool_keys(config: Config) -> dict[str, str]:
+    """Teacher → what its pool depends on; arms with the same key share a pool."""
+    shared = [config.target.model_dump(mode="json"), config.alignment.model_dump(), config.stream.deadline_s]
+    return {
+        t.name: json.dumps([t.model_dump(mode="json"), *shared], sort_keys=True)
+        for t in config.active_teachers
+    }
+
+
+def _by_teachers(configs: Sequence[Config]) -> list[Config]:
+    """Runs with the same teachers one after the other, otherwise in their order."""
+    groups: dict[frozenset[str], list[Config]] = {}
+    for config in configs:
+        groups.setdefault(frozenset(_pool_keys(config).values()), []).append(config)
+    return [config for group in groups.values() for config in group]
+
+
+class _Teachers:
+    """The teachers that are up: each is loaded once, and stopped when no later arm asks for it."""
+
+    def __init__(self) -> None:
+        self._pools: dict[str, Any] = {}
+
+    def __enter__(self) -> _Teachers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        stop_pools(self._pools)
+
+    def up(self, config: Config) -> dict[str, Any]:
+        """Teacher → its pool, started if it is not up."""
+        keys = _pool_keys(config)
+        for teacher in config.active_teachers:
+            if keys[teacher.name] not in self._pools:
+                self._pools[keys[teacher.name]] = start_pool(config, teacher)
+        return {name: self._pools[key] for name, key in keys.items()}
+
+    def keep(self, configs: Iterable[Config]) -> None:
+        """Stop what none of these runs asks for."""
+        wanted = {key for config in configs for key in _pool_keys(config).values()}
+        rest = {key: pool for key, pool in self._pools.items() if key not in wanted}
+        for key in rest:
+            del self._pools[key]
+        stop_pools(rest)
+
+
+# ---------------------------------------------------------------------------------------- scores
+
+
+def _training_only(config: Config) -> Config:
+    """Without an evaluation at the end: what is compared is the exported model, beside all others."""
+    if config.evaluation.every_steps is not None:
+        return config
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"sources": []})})
+
+
+def _score_model(study: Study, model: str, documents: list[Document]) -> list[DocumentScore]:
+    return evaluate_model(
+        ModelConfig(model=model),
+        documents,
+        row_tokens=study.context or study.config().corpus.row_tokens,
+        batch_rows=4,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+
+
+def _score_untrained(study: Study, cell: Cell, documents: list[Document]) -> list[DocumentScore]:
+    arm, base = cell.arm, study.config()
+    if arm.kind == "model":
+        return _score_model(study, study.model(arm), documents)
+    teachers = study.teachers(arm)
+    if arm.kind == "ensemble":
+        target = ByteTokenizer.of_model(base.target)
+        context = study.context or base.corpus.row_tokens
+        return evaluate_ensemble(teachers, target, documents, row_tokens=context)
+    assert arm.method is not None
+    with _model_folder(study, cell.name) as folder:
+        merge_models(
+            arm.method,
+            [teacher.model for teacher in teachers],
+            folder,
+            base=base.target.model,
+            parameters=arm.parameters,
+            seed=cell.seed,
+        )
+        return _score_model(study, str(folder), documents)
+
+
+def _score_trained(study: Study, config: Config, documents: list[Document]) -> list[DocumentScore]:
+    with _model_folder(study, config.run.name) as folder:
+        shutil.rmtree(folder, ignore_errors=True)
+        export_run(config, folder)
+        scores = _score_model(study, str(folder), documents)
+    for checkpoint in (study.folder / "runs" / config.run.name).iterdir():
+        if STEP_FOLDER.fullmatch(checkpoint.name):  # what is left of the run are its metrics
+            shutil.rmtree(checkpoint)
+    return scores
+
+
+@contextlib.contextmanager
+def _model_folder(study: Study, name: str) -> Iterator[Path]:
+    folder = study.folder / "models" / name
+    folder.parent.mkdir(exist_ok=True)
+    yield folder
+    if not study.keep_models:
+        shutil.rmtree(folder)
+
+
+# ---------------------------------------------------------------------------------------- results
+
+
+def _cells(study: Study, documents: Sequence[Document]) -> list[Cell]:
+    """All arms with their seeds; those that draw nothing at random with the first seed only."""
+    text = hashlib.sha256("\0".join(f"{d.domain} {d.text}" for d in documents).encode()).hexdigest()
+    cells = []
+    for arm in study.arms:
+        for seed in study.seeds if arm.depends_on_seed else study.seeds[:1]:
+            content = [_content(study, arm), study.context or study.config().corpus.row_tokens, text]
+            digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
+            cells.append(Cell(arm, seed, f"{_file_name(arm)}-{digest}-seed{seed}"))
+    return cells
+
+
+def _content(study: Study, arm: Arm) -> Any:
+    """What an arm's scores depend on, seeds and held-out text apart."""
+    if arm.kind == "train":
+        tree = study.config(arm).model_dump(
+            mode="json", exclude={"run", "evaluation", "checkpoint", "stream"}
+        )
+        for model in (tree["target"], *tree["teachers"]):
+            model["model"] = os.path.realpath(model["model"])  # a folder `latest` points to another one later
+        return tree
+    if arm.kind == "model":
+        return os.path.realpath(study.model(arm))
+    teachers = [os.path.realpath(teacher.model) for teacher in study.teachers(arm)]
+    return [arm.kind, arm.method, arm.parameters, os.path.realpath(study.config().target.model), teachers]
+
+
+def _result(study: Study, cell: Cell) -> Path:
+    return study.folder / "results" / f"{cell.name}.json"
+
+
+def _keep(study: Study, cell: Cell, scores: Sequence[DocumentScore], seconds: float) -> None:
+    record = {
+        "arm": cell.arm.model_dump(mode="json"),
+        "seed": cell.seed,
+        "run": f"runs/{cell.name}" if cell.arm.kind == "train" else None,
+        "seconds": round(seconds, 1),
+        "domains": {name: score.bits_per_byte for name, score in by_domain(scores).items()},
+        "documents": [asdict(score) for score in scores],
+    }
+    _write(_result(study, cell), json.dumps(record) + "\n")
+
+
+def _read(study: Study, cells: Sequence[Cell]) -> Comparison:
+    records = [json.loads(_result(study, cell).read_text(encoding="utf-8")) for cell in cells]
+    return Comparison(
+        name=study.name,
+        against=study.against,
+        scores={
+            arm.name: {
+                cell.seed: [DocumentScore(**score) for score in record["documents"]]
+                for cell, record in zip(cells, records, strict=True)
+                if cell.arm.name == arm.name
+            }
+            for arm in study.arms
+            if any(cell.arm.name == arm.name for cell in cells)
+        },
+        details={
+            arm.name: {
+                "kind": arm.kind,
+                "runs": {
+                    str(r["seed"]): r["run"] for r in records if r["arm"]["name"] == arm.name and r["run"]
+                },
+                "seconds": {str(r["seed"]): r["seconds"] for r in records if r["arm"]["name"] == arm.name},
+            }
+            for arm in study.arms
+        },
+        num_resamples=study.resamples,
+    )
+
+
+def _write_reports(study: Study, cells: Sequence[Cell]) -> None:
+    """A page for each trained arm, of its first seed."""
+    (study.folder / "reports").mkdir(exist_ok=True)
+    for cell in cells:
+        if cell.arm.kind == "train" and cell.seed == study.seeds[0]:
+            page = study.folder / "reports" / f"{_file_name(cell.arm)}.html"
+            write_report(
+                str(study.folder / "runs" / cell.name), page, scores=study.folder / "comparison.json"
+            )
+
+
+def _file_name(arm: Arm) -> str:
+    return arm.name.replace(" ", "-")
+
+
+def _write(path: Path, text: str) -> None:
+    """Complete or not at all: a file that is there counts as done."""
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+class _StageLines:
+    """A line when a stage of the build begins, and each quarter of it."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._said: dict[str, int] = {}
+
+    def __call__(self, stage: str, share: float, message: str) -> None:
+        quarter = int(share * 4)
+        if self._said.get(stage) != quarter:
+            self._said[stage] = quarter
+            self._console.print(f"building {stage}: {message}")

@@ -1,0 +1,155 @@
+"""Studies: what is refused before anything starts, and how their results are put together."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fusellm_ray.config import PRESETS
+from fusellm_ray.errors import ConfigError
+from fusellm_ray.evaluate.comparison import Comparison
+from fusellm_ray.perplexity import DocumentScore
+from fusellm_ray.study import load_study, parse_study
+
+STUDIES = sorted((Path(__file__).parent.parent / "configs" / "studies").glob("*.yaml"))
+
+TREE: dict[str, Any] = {
+    "name": "s",
+    "against": "clm",
+    "base": {
+        "target": {"model": "target"},
+        "teachers": [{"name": "a", "model": "A"}, {"name": "b", "model": "B"}],
+        "corpus": {"sources": [{"name": "x", "path": "x.jsonl"}]},
+        "objective": {"clm_weight": 0.3},
+        "training": {"steps": 10, "lr": 0.1},
+        "evaluation": {"sources": [{"name": "x", "path": "y.jsonl"}]},
+    },
+    "arms": [{"name": "clm", "set": {"fusion.rule": "none"}}, {"name": "fused"}],
+}
+
+
+def study(*arms: dict[str, Any], **changes: Any) -> Any:
+    tree = copy.deepcopy(TREE) | changes
+    tree["arms"] += arms
+    return parse_study(tree)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_shipped_study_loads(path: Path):
+    loaded = load_study(path)
+    assert loaded.name == path.stem
+    for arm in loaded.arms:
+        assert arm.kind != "train" or loaded.config(arm).training == loaded.config().training
+
+
+def test_overrides_reach_the_study_and_its_base(tmp_path: Path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(TREE["base"]))
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(TREE | {"base": "base.yaml"}))
+    loaded = load_study(tmp_path / "study.yaml", ["seeds=[3, 4]", "base.training.steps=7"])
+    assert loaded.seeds == [3, 4]
+    assert loaded.config(loaded.arms[1], seed=4).training.steps == 7
+    assert loaded.config(loaded.arms[1], seed=4).run.seed == 4
+
+
+def test_an_arm_changes_what_it_names_and_nothing_else():
+    s = study({"name": "kd", "teachers": ["b"], "set": {"fusion.rule": "mean", "teachers.1.top_k": 4}})
+    base, config = s.config(), s.config(s.arms[-1])
+    assert [(t.name, t.top_k) for t in config.teachers] == [("b", 4)]
+    assert config.fusion.rule == "mean"
+    assert config.objective == base.objective
+    assert (config.training, config.corpus, config.target) == (base.training, base.corpus, base.target)
+
+
+def test_a_preset_replaces_the_method_and_leaves_the_budget():
+    s = study({"name": "paper", "preset": "paper"})
+    config = s.config(s.arms[-1])
+    for section in ("alignment", "fusion", "objective"):
+        told = getattr(config, section).model_dump()
+        assert {key: told[key] for key in PRESETS["paper"][section]} == PRESETS["paper"][section]
+    assert config.training == s.config().training
+
+
+@pytest.mark.parametrize(
+    ("arm", "says"),
+    [
+        ({"name": "clm"}, "two arms are named 'clm'"),
+        ({"name": "x", "set": {"training.steps": 20}}, "changes training.steps"),
+        ({"name": "x", "set": {"corpus.row_tokens": 64}}, "changes corpus"),
+        ({"name": "x", "set": {"fusion.rul": 1}}, "did you mean 'rule'"),
+        ({"name": "x", "teachers": ["c"]}, "names teacher 'c'; the base has a, b"),
+        ({"name": "x", "kind": "merge"}, "needs a method"),
+        (
+            {"name": "x", "kind": "merge", "method": "ties", "set": {"a": 1}},
+            "set mean nothing for kind merge",
+        ),
+        ({"name": "x", "kind": "ensemble", "teachers": ["a"]}, "needs two teachers"),
+        ({"name": "x", "preset": "papr"}, "preset 'papr' is unknown"),
+        ({"name": "x", "knd": "merge"}, "did you mean 'kind'"),
+    ],
+)
+def test_a_study_that_cannot_be_compared_is_refused(arm: dict[str, Any], says: str):
+    with pytest.raises(ConfigError, match=says):
+        study(arm)
+
+
+def test_the_arm_compared_with_and_the_held_out_text_must_be_there():
+    with pytest.raises(ConfigError, match="none of the arms: clm, fused"):
+        study(against="other")
+    with pytest.raises(ConfigError, match="sources is empty"):
+        study(base=TREE["base"] | {"evaluation": {}})
+
+
+# ------------------------------------------------------------------------------------ results
+
+
+def documents(bits: float, count: int = 10) -> list[DocumentScore]:
+    """`count` documents in each of two domains, the second one bit harder."""
+    return [
+        DocumentScore(domain, f"{domain}:{i}", (bits + extra) * math.log(2) * (100 + i), 100 + i, 30)
+        for domain, extra in (("x", 0.0), ("y", 1.0))
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def comparison() -> Comparison:
+    return Comparison(
+        name="s",
+        against="clm",
+        scores={
+            "base": {0: documents(3.0)},
+            "clm": {0: documents(2.0), 1: documents(2.2)},
+            "ours": {0: documents(1.9), 1: documents(2.0)},
+        },
+        details={name: {"kind": "train"} for name in ("base", "clm", "ours")},
+        num_resamples=50,
+    )
+
+
+def test_means_and_spreads_are_over_seeds_and_differences_of_seed_averages(comparison: Comparison):
+    assert comparison.mean("ours", "x") == pytest.approx(1.95)
+    assert comparison.mean("ours", "mean") == pytest.approx(2.45)
+    assert comparison.spread("clm", "mean") == pytest.approx(0.2 / math.sqrt(2))
+    assert comparison.spread("base", "mean") is None
+    interval = comparison.differences["ours"]["mean"]
+    assert [interval.difference, interval.low, interval.high] == pytest.approx([-0.15] * 3)
+    assert comparison.by_seed("ours") == pytest.approx({0: -0.1, 1: -0.2})
+
+
+def test_the_table_and_the_json_say_the_same(comparison: Comparison):
+    told = comparison.as_json()
+    ours = told["models"]["ours"]
+    assert ours["mean"] == pytest.approx(2.45)
+    assert {name: score["bits_per_byte"] for name, score in ours["domains"].items()} == pytest.approx(
+        {"x": 1.95, "y": 2.95}
+    )
+    assert ours["seeds"]["1"]["mean"] == pytest.approx(2.5)
+    assert told["differences"]["ours"]["y"]["low"] == pytest.approx(-0.15)
+    text = comparison.markdown()
+    assert "| ours | **1.9500** | **2.9500** | **2.4500 ± 0.0707** | -0.1500 (-0.1500 to -0.1500) |" in text
+    assert "| clm | 2.1000 | 3.1000 | 2.6000 ± 0.1414 |  |" in text
