@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +16,6 @@ from fusellm_ray.plan import require_resources
 from fusellm_ray.stream.memory import NO_DISK_ENVIRONMENT, DiskWatch, refuse_disk, ways_to_disk
 from fusellm_ray.teachers.pool import TeacherPool
 from fusellm_ray.teachers.service import stop_pools, wait_ready
-from tests.models import tiny_model
-from tests.tokenizers import VOCAB_SIZE, build
 
 ON_A_CLUSTER_LIKE_RAYS_DEFAULT = """
 import numpy, ray
@@ -133,21 +129,3 @@ def test_a_cluster_that_spills_is_refused_and_what_it_writes_is_counted() -> Non
     assert "overflow goes to files" in done.stdout
     assert "RAY_automatic_object_spilling_enabled=0" in done.stdout
     assert int(done.stdout.split("written:")[1]) > 64 << 20
-
-
-# ---------------------------------------------------------------------------------------- nodes
-
-
-@pytest.mark.slow
-def test_the_autoscaler_brings_nodes_for_replicas_and_takes_them_when_these_are_gone(tmp_path: Path) -> None:
-    model = build("llama", tiny_model("llama", VOCAB_SIZE, tmp_path / "model"))
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.autoscaled", str(model)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=550,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert json.loads(done.stdout.splitlines()[-1])["nodes"] == [0, 2, 0]
