@@ -82,6 +82,7 @@ def losses(mesh, tree):
         model=model,
         optimizer=make_optimizer(model, config.training),
         held_out=[],
+        metrics=None,
     )
     corpus = Corpus.open(config.corpus, config.run.seed)
     num_rows = config.training.batch_rows
