@@ -74,6 +74,8 @@ class TargetConfig(ModelConfig):
     """Attention implementation; each keeps documents of one row apart."""
     activation_checkpointing: bool = False
     """Recompute activations in backward: less memory, about a third more compute."""
+    reshard_after_forward: bool = True
+    """Free a block's gathered weights between forward and backward: less memory, one more gathering."""
     compile: bool = False
     """torch.compile the transformer blocks."""
     lora: LoraConfig | None = None

@@ -146,18 +146,26 @@ def train_plainly(folder):
     return history, [p.double().norm().item() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize("architecture", ["llama", "llama_tied"])
-def test_five_steps_are_those_of_a_plain_training_loop(num_ranks, architecture, tmp_path):
+@pytest.mark.parametrize(
+    ("num_ranks", "architecture", "options"),
+    [
+        (1, "llama", {}),
+        (1, "llama_tied", {}),
+        (2, "llama", {}),
+        (2, "llama_tied", {}),
+        (2, "llama_tied", {"reshard_after_forward": False}),
+    ],
+)
+def test_five_steps_are_those_of_a_plain_training_loop(num_ranks, architecture, options, tmp_path):
     folder = str(tiny_model(architecture, 97, tmp_path))
     wanted, wanted_weights = train_plainly(folder)
-    for seen, weights in run_ranks(num_ranks, train, folder, {}):
+    for seen, weights in run_ranks(num_ranks, train, folder, options):
         torch.testing.assert_close(torch.tensor(seen), torch.tensor(wanted), rtol=2e-6, atol=0)
         torch.testing.assert_close(torch.tensor(weights), torch.tensor(wanted_weights), rtol=2e-6, atol=0)
 
 
-def parameter_types(mesh, folder):
-    model = build_target(TargetConfig(model=folder), mesh)
+def parameter_types(mesh, folder, options):
+    model = build_target(TargetConfig(model=folder, **options), mesh)
     kinds = [{type(p) for p in model.parameters()}]
     with torch.no_grad():
         model(*batch(0)[:2], linear)
@@ -165,8 +173,10 @@ def parameter_types(mesh, folder):
     return kinds
 
 
-def test_parameters_are_sharded_after_a_build_and_after_inference(tmp_path):
-    for kinds in run_ranks(2, parameter_types, str(tiny_model("llama", 97, tmp_path))):
+@pytest.mark.parametrize("reshard_after_forward", [True, False])
+def test_parameters_are_sharded_after_a_build_and_after_inference(reshard_after_forward, tmp_path):
+    folder = str(tiny_model("llama", 97, tmp_path))
+    for kinds in run_ranks(2, parameter_types, folder, {"reshard_after_forward": reshard_after_forward}):
         assert kinds == [{DTensor}, {DTensor}]
 
 

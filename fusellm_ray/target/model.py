@@ -108,7 +108,13 @@ def _shard(model: HeadedModel, config: TargetConfig, mesh: DeviceMesh) -> None:
         if config.activation_checkpointing:
             # In place of `forward`, inside FSDP's hooks, so that the names of parameters do not change.
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        fully_shard(block, mesh=mesh, mp_policy=precision, ignored_params=whole)
+        fully_shard(
+            block,
+            mesh=mesh,
+            mp_policy=precision,
+            reshard_after_forward=config.reshard_after_forward,
+            ignored_params=whole,
+        )
     in_blocks = {module for block in blocks for module in block.modules()}
     _materialise((module for module in model.modules() if module not in in_blocks), mesh, shared)
     fully_shard(model, mesh=mesh, mp_policy=precision, ignored_params=whole)
@@ -120,10 +126,14 @@ def _shard(model: HeadedModel, config: TargetConfig, mesh: DeviceMesh) -> None:
 
 
 def _reshard_after_inference(model: nn.Module, _inputs: Any, _output: Any) -> None:
-    # FSDP leaves the root whole for the backward pass that follows. Without one, the whole copy would stay:
-    # the optimiser would not reach the root's parameters, and the next forward would use them as they were.
-    if not torch.is_grad_enabled() and isinstance(model, FSDPModule):
-        model.reshard()
+    # FSDP leaves the root (and, without reshard_after_forward, every block) whole for the backward pass that follows.
+    # Without one, the whole copies would stay: the optimiser would not reach their parameters, and the next forward
+    # would use them as they were.
+    if torch.is_grad_enabled():
+        return
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def transformer_blocks(causal_lm: PreTrainedModel) -> list[nn.Module]:

@@ -35,7 +35,7 @@ from fusellm_ray.teachers.scaling import Decision, Load, Scaler
 
 logger = logging.getLogger(__name__)
 
-_BEAT_S = 1.0
+_BEAT_S = 2.0
 """Between two looks at a replica."""
 _DRAIN_S = 2 * REFRESH_S
 """How long a replica that is to go answers ranks that have not read the table since."""
