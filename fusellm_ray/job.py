@@ -50,7 +50,7 @@ from fusellm_ray.teachers.service import PoolWatch, start_pools, stop_pools, wai
 
 JOB_STOP_WAIT_S = 60
 """What `ray job stop` should give a run for its checkpoint; Ray's default is 3."""
-POLL_S = 1.0
+POLL_S = 0.3
 """How often the driver looks for new records."""
 SLOW_START_S = 60.0
 """Without a rank for so long, the driver says what it waits for."""

@@ -46,10 +46,13 @@ def up(ray_session: None, tree: dict[str, Any], tmp_path_factory: pytest.TempPat
     path = tmp_path_factory.mktemp("config") / "run.yaml"
     path.write_text(yaml.safe_dump(tree))
     command = [sys.executable, "-c", "from fusellm_ray.cli import main; main()", "teachers", "up", str(path)]
-    environment = os.environ | {
-        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # whatever its name: look for Ray on the loopback, where it is
-    }
+    environment = (
+        os.environ
+        | {
+            "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # whatever its name: look for Ray on the loopback, where it is
+        }
+    )
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     yield done.stderr

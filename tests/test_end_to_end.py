@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fusellm_ray.config import Config, ModelConfig, parse_config
 from fusellm_ray.errors import CheckpointError, ClusterError, ConfigError, ModelError
 from fusellm_ray.job import Outcome, export_run, run_job
-from fusellm_ray.perplexity import evaluate_model, held_out_documents
+from fusellm_ray.perplexity import by_domain, evaluate_model, held_out_documents
 from fusellm_ray.target.storage import Checkpoints
 from fusellm_ray.teachers.service import start_pools, stop_pools
 from tests.runs import build_run
@@ -187,12 +187,12 @@ def test_a_run_that_no_longer_improves_ends_finished_with_samples_and_its_best_m
     assert [(r["step"], r["prompt"]) for r in records if r["event"] == "sample"] == [
         (number, prompt) for number in bits for prompt in evaluated["prompts"]
     ]
-    assert "no longer improve" in records[-1]["reason"]
+    (end,) = [record for record in records if record["event"] == "end"]
+    assert "no longer improve" in end["reason"]
     best = export_run(config, tmp_path / "best", step="best")
-    scores = evaluate_model(
-        ModelConfig(model=str(best)),
-        held_out_documents(config.evaluation.sources, 1000),
-        row_tokens=config.corpus.row_tokens,
+    documents = held_out_documents(config.evaluation.sources, 1000)
+    scores = by_domain(
+        evaluate_model(ModelConfig(model=str(best)), documents, row_tokens=config.corpus.row_tokens)
     )
     mean = sum(score.bits_per_byte for score in scores.values()) / len(scores)
     assert mean == pytest.approx(min(bits.values()), rel=1e-5)
@@ -257,7 +257,9 @@ def listening(processes: list[psutil.Process]) -> set[str]:
 def test_a_stopped_run_goes_on_where_it_was_and_leaves_no_process(
     tree: dict[str, Any], undisturbed: Config, tmp_path: Path
 ):
-    config = named(tree, "stopped")
+    # Evaluations change no weight, and make steps last longer than a signal takes.
+    slowly = {"sources": tree["corpus"]["sources"], "every_steps": 1, "max_bytes": 20_000}
+    config = named(tree, "stopped", evaluation=slowly)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     command = [sys.executable, "-c", "from fusellm_ray.cli import main; main()", "train", str(path)]
