@@ -24,6 +24,7 @@ import psutil
 
 from fusellm_ray.config import Config, parse_config
 from fusellm_ray.job import run_job
+from fusellm_ray.observe.progress import Display
 from tests.faults import own_processes, same_bits, weights
 from tests.runs import build_run
 from tests.tokenizers import build
@@ -35,7 +36,7 @@ TOKENS_PER_S = 2500
 """Of a replica; a step asks each teacher for 256 tokens."""
 
 
-class Chaos:
+class Chaos(Display):
     """A display that kills a process of this run whenever some steps have gone by."""
 
     def __init__(self, kills: int, seed: int) -> None:
@@ -46,17 +47,8 @@ class Chaos:
         self.steps: dict[int, dict[str, Any]] = {}
         self._times: list[float] = []
 
-    def __enter__(self) -> Chaos:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
     def note(self, text: str) -> None:
         print(text, flush=True)
-
-    def teachers(self, states: dict[str, str]) -> None:
-        pass
 
     def show(self, record: dict[str, Any]) -> None:
         if record["event"] != "step":

@@ -21,6 +21,7 @@ import ray
 
 from fusellm_ray.config import Config, parse_config
 from fusellm_ray.job import local_or_running_cluster, run_job
+from fusellm_ray.observe.progress import Display
 from fusellm_ray.quickstart.run import quickstart_config
 from fusellm_ray.quickstart.zoo import DEFAULT_CACHE, build_zoo
 from fusellm_ray.teachers.service import start_pools, stop_pools, wait_ready
@@ -28,7 +29,7 @@ from fusellm_ray.teachers.service import start_pools, stop_pools, wait_ready
 FIRST_STEP = 2
 
 
-class Probe:
+class Probe(Display):
     """A display that takes the CPU seconds of all processes when steps end."""
 
     def __init__(self, pools: dict[str, Any]) -> None:
@@ -38,17 +39,8 @@ class Probe:
         self.tokens = 0.0
         self.wait_shares: list[float] = []
 
-    def __enter__(self) -> Probe:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
     def note(self, text: str) -> None:
         print(text, flush=True)
-
-    def teachers(self, states: dict[str, str]) -> None:
-        pass
 
     def show(self, record: dict[str, Any]) -> None:
         if record["event"] != "step":

@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 from fusellm_ray.config import Config
 from fusellm_ray.errors import EngineError
 from fusellm_ray.job import export_run
+from fusellm_ray.observe.progress import Display
 from fusellm_ray.stream.address import HandleTable
 
 
-class Injector:
+class Injector(Display):
     """A display that does something when the record of a step comes in; keeps all records and notes."""
 
     def __init__(self, faults: dict[int, Callable[[], None]]) -> None:
@@ -30,17 +31,8 @@ class Injector:
         self.records: list[dict[str, Any]] = []
         self.notes: list[str] = []
 
-    def __enter__(self) -> Injector:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
     def note(self, text: str) -> None:
         self.notes.append(text)
-
-    def teachers(self, states: dict[str, str]) -> None:
-        pass
 
     def show(self, record: dict[str, Any]) -> None:
         self.records.append(record)

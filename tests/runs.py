@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from fusellm_ray.config import Config, parse_config
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from tests.models import tiny_model
 
@@ -75,3 +76,11 @@ def build_run(folder: Path, tokenizers: dict[str, Path], **sections: Any) -> dic
     for name, section in sections.items():
         tree[name] = tree.get(name, {}) | section if isinstance(section, dict) else section
     return tree
+
+
+def named(tree: dict[str, Any], name: str, **sections: dict[str, Any]) -> Config:
+    """The run of a tree under another name, its sections changed key by key."""
+    changed = tree | {"run": tree["run"] | {"name": name}}
+    for section, values in sections.items():
+        changed[section] = changed.get(section, {}) | values
+    return parse_config(changed)

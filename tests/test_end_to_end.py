@@ -23,10 +23,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fusellm_ray.config import Config, ModelConfig, parse_config
 from fusellm_ray.errors import CheckpointError, ClusterError, ConfigError, ModelError
 from fusellm_ray.job import Outcome, export_run, run_job
+from fusellm_ray.observe.progress import Display
 from fusellm_ray.perplexity import by_domain, evaluate_model, held_out_documents
 from fusellm_ray.target.storage import Checkpoints
 from fusellm_ray.teachers.service import start_pools, stop_pools
-from tests.runs import build_run
+from tests.runs import build_run, named
 
 CONSTANT = {"schedule": "constant", "warmup_ratio": 0.0}
 
@@ -42,13 +43,6 @@ def pools(tree: dict[str, Any], ray_session: None) -> Iterator[dict[str, Any]]:
     pools = start_pools(parse_config(tree))
     yield pools
     stop_pools(pools)
-
-
-def named(tree: dict[str, Any], name: str, **sections: dict[str, Any]) -> Config:
-    changed = tree | {"run": tree["run"] | {"name": name}}
-    for section, values in sections.items():
-        changed[section] = changed.get(section, {}) | values
-    return parse_config(changed)
 
 
 @pytest.fixture(scope="module")
@@ -124,21 +118,12 @@ def test_an_elastic_resume_on_the_one_rank_that_there_is_room_for_goes_on_with_t
     assert losses(second) == pytest.approx(losses(undisturbed), rel=1e-6)
 
 
-class KillRank:
+class KillRank(Display):
     """A display that ends one rank's process, as the kernel would, when a step is recorded."""
 
     def __init__(self, at_step: int) -> None:
         self._at_step = at_step
         self.starts: list[int] = []
-
-    def __enter__(self) -> KillRank:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
 
     def show(self, record: dict[str, Any]) -> None:
         if record["event"] == "start":

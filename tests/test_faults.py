@@ -17,12 +17,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from fusellm_ray.config import Config, parse_config
+from fusellm_ray.config import parse_config
 from fusellm_ray.errors import TeacherLostError
 from fusellm_ray.job import run_job
 from fusellm_ray.teachers.service import start_pools, stop_pools, wait_ready
 from tests.faults import FaultyPool, Injector, kill, own_processes, replica_pids, same_bits, weights
-from tests.runs import build_run
+from tests.runs import build_run, named
 
 STEPS = 18
 PACE = {"type": "simulated", "tokens_per_s": 1500}
@@ -52,13 +52,6 @@ def pools(tree: dict[str, Any], ray_session: None) -> Iterator[dict[str, Any]]:
     wait_ready(pools, 300)
     yield pools
     stop_pools(pools)
-
-
-def named(tree: dict[str, Any], name: str, **sections: dict[str, Any]) -> Config:
-    changed = tree | {"run": tree["run"] | {"name": name}}
-    for section, values in sections.items():
-        changed[section] = changed.get(section, {}) | values
-    return parse_config(changed)
 
 
 @pytest.fixture(scope="module")

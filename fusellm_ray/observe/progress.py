@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 
-class Display(Protocol):
-    """Shows a run; entered when training starts."""
+class Display:
+    """Shows a run; entered when training starts. A subclass overrides what it shows; the rest shows nothing."""
 
-    def __enter__(self) -> Display: ...
-    def __exit__(self, *_: object) -> None: ...
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Restore what entering changed."""
+
     def note(self, text: str) -> None:
         """Say something once."""
 
@@ -67,14 +71,8 @@ def event_line(record: dict[str, Any]) -> str:
     return "  ".join([record["event"], *details])
 
 
-class _Lines:
+class _Lines(Display):
     """For logs: every record is one line with the time."""
-
-    def __enter__(self) -> _Lines:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
     def note(self, text: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
@@ -89,17 +87,11 @@ class _Lines:
             self.note(event_line(record))
 
 
-class _JsonLines:
+class _JsonLines(Display):
     """For collectors of logs: every line an object with time, role, run and event."""
 
     def __init__(self, run: str) -> None:
         self._run = run
-
-    def __enter__(self) -> _JsonLines:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
     def note(self, text: str) -> None:
         self.show({"event": "note", "text": text})
@@ -112,7 +104,7 @@ class _JsonLines:
         print(json.dumps(known | record), file=sys.stderr, flush=True)
 
 
-class _Bars:
+class _Bars(Display):
     """For people: a bar with the figures of the latest step."""
 
     def __init__(self, title: str) -> None:
