@@ -35,9 +35,9 @@ from fusellm_ray.config import Config, StreamConfig, parse_config
 from fusellm_ray.corpus.rows import ShardReader
 from fusellm_ray.corpus.source import Corpus
 from fusellm_ray.corpus.tokens import ByteTokenizer
+from fusellm_ray.job import start_private_ray
 from fusellm_ray.stream.address import HandleTable, TeacherAddress
 from fusellm_ray.stream.client import TeacherStream
-from fusellm_ray.stream.memory import NO_DISK_ENVIRONMENT
 from fusellm_ray.target.batches import RankBatches
 from fusellm_ray.teachers.scoring import TeacherScorer
 from fusellm_ray.teachers.turns import Turns
@@ -180,12 +180,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--dilation", type=float, default=32.0)
     parser.add_argument("--tokenizers", type=Path, default=TOKENIZERS)
     arguments = parser.parse_args(argv)
-    os.environ.update(NO_DISK_ENVIRONMENT, RAYON_NUM_THREADS="1")
+    os.environ["RAYON_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     most = max(arguments.replicas)
-    ray.init(
-        address="local", include_dashboard=False, num_cpus=4, log_to_driver=False, object_store_memory=1 << 30
-    )
+    start_private_ray(num_cpus=4, object_store_memory=1 << 30)
     with tempfile.TemporaryDirectory() as folder:
         models = write_models(arguments.tokenizers, Path(folder))
         write_corpus(Path(folder) / "corpus")

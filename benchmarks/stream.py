@@ -28,8 +28,8 @@ from fusellm_ray.config import Config, parse_config
 from fusellm_ray.corpus.rows import ShardReader
 from fusellm_ray.corpus.source import Corpus
 from fusellm_ray.corpus.tokens import ByteTokenizer
+from fusellm_ray.job import start_private_ray
 from fusellm_ray.stream.client import TeacherAddress, TeacherStream
-from fusellm_ray.stream.memory import NO_DISK_ENVIRONMENT
 from fusellm_ray.target.batches import RankBatches
 from fusellm_ray.teachers.service import start_pools, stop_pools, wait_ready
 
@@ -137,11 +137,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rows", type=int, default=8, help="of 2 048 tokens in a batch")
     parser.add_argument("--tokenizers", type=Path, default=TOKENIZERS)
     arguments = parser.parse_args(argv)
-    os.environ.update(NO_DISK_ENVIRONMENT, RAYON_NUM_THREADS="1")
+    os.environ["RAYON_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    ray.init(
-        address="local", include_dashboard=False, num_cpus=4, log_to_driver=False, object_store_memory=1 << 30
-    )
+    start_private_ray(num_cpus=4, object_store_memory=1 << 30)
     with tempfile.TemporaryDirectory() as folder:
         models = write_models(arguments.tokenizers, Path(folder))
         write_corpus(Path(folder) / "corpus")

@@ -169,14 +169,14 @@ def _lead(tables, rows, token, q):
 
 
 @compiled
-def project(text, positions, rows, tables, read, result, work):
-    """Fill `result`.
+def project(text, positions, rows, tables, read, result, work, todo):
+    """Fill `result` at the positions in `todo`; those that lacked map entries move to its front.
 
     Returns:
-        How many map entries were missing: with any, resolve them and call again.
+        How many map entries were missing, and at how many positions: resolve them and call again for these.
     """
-    num_missing = 0
-    for p in range(len(result.gold)):
+    num_missing = num_again = 0
+    for p in todo:
         gold_logprob = read.logprob[p + 1] - read.logprob[p]
         is_known = read.gaps[p + 1] == read.gaps[p] and not np.isnan(gold_logprob)
         if is_known:
@@ -195,13 +195,17 @@ def project(text, positions, rows, tables, read, result, work):
             result.gold[p] = np.log(gold_mass)
         elif is_known:
             gold_mass = np.exp(gold_logprob)
-            size, num_missing = _collect(
+            size, num_missing, is_whole = _collect(
                 text, positions, p, rows, row, tables, read.inside[p], gold_mass, work, num_missing
             )
+            if not is_whole:
+                todo[num_again] = p
+                num_again += 1
+                continue
         else:
             continue
         _store(result, p, gold_mass, work, size)
-    return num_missing
+    return num_missing, num_again
 
 
 @inlined
@@ -237,6 +241,7 @@ def _collect(text, positions, p, rows, q, tables, log_given, gold_mass, work, nu
     num_candidates = rows.top_ids.shape[1]
     given = np.exp(log_given)
     size = 0
+    is_whole = True
     for c in range(num_candidates + 1):
         if c < num_candidates:
             token = rows.top_ids[q, c]
@@ -259,12 +264,14 @@ def _collect(text, positions, p, rows, q, tables, log_given, gold_mass, work, nu
                 continue
             logprob = np.log(mass)
         ours = _target_token(tables, token, lead, end - start, is_first)
-        if ours == UNRESOLVED and num_missing < len(work.missing):
-            work.missing[num_missing] = ~token if is_first else tables.start[token] + lead + end - start
-            num_missing += 1
-        if ours >= 0 and ours != gold:
+        if ours == UNRESOLVED:
+            is_whole = False
+            if num_missing < len(work.missing):
+                work.missing[num_missing] = ~token if is_first else tables.start[token] + lead + end - start
+                num_missing += 1
+        elif ours >= 0 and ours != gold:
             size = _add(work, size, ours, logprob, mass)
-    return size, num_missing
+    return size, num_missing, is_whole
 
 
 @inlined

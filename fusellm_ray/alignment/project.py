@@ -116,11 +116,12 @@ class Aligner:
         read_logprobs(letters, positions, rows, self._tables, read)
         result = Distributions.empty(max(len(target.ids) - 1, 0), self.top_k)
         work = self._workspace(rows.top_ids.shape[1] + 1)
-        while True:
-            num_missing = project(letters, positions, rows, self._tables, read, result, work)
-            if num_missing == 0:
-                break
-            self.map.resolve(work.missing[:num_missing])
+        todo = np.arange(len(result.gold), dtype=np.int32)
+        while len(todo):
+            num_missing, num_again = project(letters, positions, rows, self._tables, read, result, work, todo)
+            todo = todo[:num_again]
+            if num_missing:
+                self.map.resolve(work.missing[:num_missing])
         scored = ~np.isnan(rows.gold)
         if teacher.has_eos and not target.has_eos:
             scored[-1] = False  # the target does not predict this end: neither is the teacher judged on it

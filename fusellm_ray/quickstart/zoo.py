@@ -84,7 +84,7 @@ class Plan:
         }
     )
     target: Recipe = Recipe(
-        "gpt2", "digits", vocab_size=3072, steps=100, hidden_size=256, batch_rows=8, row_tokens=256
+        "gpt2", "digits", vocab_size=3072, steps=60, hidden_size=320, batch_rows=8, row_tokens=256
     )
 
     def version(self) -> str:
