@@ -96,6 +96,26 @@ def run_job(
         display.note(f"{config.run.name}: finished at step {saved['step']} ({checkpoints.folder})")
         return Outcome(step=saved["step"], is_finished=True)
     identity = plan.preflight(config)
+    with RecordLog(checkpoints.folder) as log:
+        log.write({"event": "run", "config": config.model_dump(mode="json")})
+        try:
+            return _run(config, identity, checkpoints, display, log, allow_changes, pools, attached)
+        except FuseLLMError as error:
+            log.write({"event": "failed", "error": str(error)})
+            raise
+
+
+def _run(
+    config: Config,
+    identity: dict[str, Any],
+    checkpoints: Checkpoints,
+    display: Display,
+    log: RecordLog,
+    allow_changes: bool,
+    pools: dict[str, Any] | None,
+    attached: bool,
+) -> Outcome:
+    """`run_job` from the cluster on: teachers up, ranks at work, everything down again."""
     # In this order: ray.init puts handlers of its own over those it finds.
     with running_cluster() if attached else local_or_running_cluster(config), _Stop() as stop:
         if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # set by Ray in the entrypoint of a job
@@ -124,6 +144,7 @@ def run_job(
             if not config.stream.allow_spilling:
                 refuse_disk()
             identity["teachers"] = {name: d.fingerprint for name, d in descriptions.items()}
+            saved = checkpoints.latest_state()
             if saved is not None:
                 _refuse_changes(saved, identity, allow_changes, checkpoints.folder)
             addresses = tuple(
@@ -136,7 +157,7 @@ def run_job(
                 )
                 for t in config.active_teachers
             )
-            return _fit(config, addresses, identity, checkpoints, display, stop)
+            return _fit(config, addresses, identity, checkpoints, display, log, stop)
         except KeyboardInterrupt:
             for pool in own_pools.values():
                 ray.kill(pool)  # its replicas go with it
@@ -295,6 +316,7 @@ def _fit(
     identity: dict[str, Any],
     checkpoints: Checkpoints,
     display: Display,
+    log: RecordLog,
     stop: _Stop,
 ) -> Outcome:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -335,7 +357,6 @@ def _fit(
             failure.append(error)
 
     thread = threading.Thread(target=fit, name="fit", daemon=True)
-    log = RecordLog(checkpoints.folder)
     settings = config.model_dump(mode="json")
     sinks = Sinks(config.run.sinks, checkpoints.folder, settings, on_problem=display.note)
     watch = PoolWatch({address.name: address.pool for address in addresses})
@@ -345,8 +366,7 @@ def _fit(
     started = time.monotonic()
     has_said_so = False
     thread.start()
-    with display, log, sinks:
-        log.write({"event": "run", "config": settings})
+    with display, sinks:
         while True:
             thread.join(POLL_S)
             running = thread.is_alive()
@@ -387,9 +407,7 @@ def _fit(
                 break
         ray.kill(control)
         if failure:
-            explained = explain_failure(failure[0], config)
-            log.write({"event": "failed", "error": str(explained)})
-            raise explained from failure[0]
+            raise explain_failure(failure[0], config) from failure[0]
     state = checkpoints.latest_state()
     if state is None:
         raise CheckpointError(f"{checkpoints.folder}: the run ended without a checkpoint; see Ray's logs")

@@ -175,7 +175,10 @@ def test_a_truncated_file_is_refused(copy):
         read_state(copy)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 99, "files": {}}', '{"format": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", '{"format": 99, "files": {}}', '{"format": 1, "files": {}}', '{"format": 2}'],
+)
 def test_a_damaged_state_file_is_refused(copy, text):
     (copy / STATE_FILE).write_text(text)
     with pytest.raises(CheckpointError, match=STATE_FILE):

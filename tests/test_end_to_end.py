@@ -24,6 +24,8 @@ from fusellm_ray.config import Config, ModelConfig, parse_config
 from fusellm_ray.errors import CheckpointError, ClusterError, ConfigError, ModelError
 from fusellm_ray.job import Outcome, export_run, run_job
 from fusellm_ray.observe.progress import Display
+from fusellm_ray.observe.records import History, read_records
+from fusellm_ray.observe.status import state_of
 from fusellm_ray.perplexity import by_domain, evaluate_model, held_out_documents
 from fusellm_ray.target.storage import Checkpoints
 from fusellm_ray.teachers.service import start_pools, stop_pools
@@ -208,10 +210,12 @@ def test_losses_that_are_no_numbers_are_skipped_then_end_the_run_naming_document
     assert max(losses(config)) >= 2
 
 
-def test_more_than_this_machine_has_is_refused_at_once(tree: dict[str, Any], ray_session: None):
+def test_more_than_this_machine_has_is_refused_at_once_and_recorded(tree: dict[str, Any], ray_session: None):
     greedy = named(tree, "greedy", trainer={"resources_per_worker": {"CPU": 1000}})
     with pytest.raises(ClusterError, match=r"CPU: asked 2000.*there 8"):
         run_job(greedy)
+    records = read_records(Checkpoints(greedy.run.storage, greedy.run.name).folder)
+    assert state_of(History.of(records), time.time()).text.startswith("failed: ")
 
 
 def test_rows_longer_than_the_target_reads_are_refused(tree: dict[str, Any]):

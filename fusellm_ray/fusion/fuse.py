@@ -265,14 +265,13 @@ def _select(teachers: Sequence[Candidates], weights: Tensor) -> Fused:
     """The distribution of the one teacher whose weight is 1."""
     top_k = max(t.top_k for t in teachers)
     out = Candidates.missing(weights.shape[1], top_k, weights.device)
-    ids, logprobs, gold, residual = out.ids, out.logprobs, out.gold, out.residual
     for teacher, weight in zip(teachers, weights, strict=True):
-        won = weight > 0
-        ids = torch.where(won[:, None], _pad(teacher.ids, top_k, 0), ids)
-        logprobs = torch.where(won[:, None], _pad(teacher.logprobs.float(), top_k, -torch.inf), logprobs)
-        gold = torch.where(won, teacher.gold.float(), gold)
-        residual = torch.where(won, teacher.residual.float(), residual)
-    return Fused(ids, logprobs, gold, residual, weights.sum(0) > 0, weights)
+        won = (weight > 0).nonzero().squeeze(1)
+        out.ids[won, : teacher.top_k] = teacher.ids[won]
+        out.logprobs[won, : teacher.top_k] = teacher.logprobs[won].float()
+        out.gold[won] = teacher.gold[won].float()
+        out.residual[won] = teacher.residual[won].float()
+    return Fused(out.ids, out.logprobs, out.gold, out.residual, weights.sum(0) > 0, weights)
 
 
 def _mix(teachers: Sequence[Candidates], weights: Tensor) -> Fused:

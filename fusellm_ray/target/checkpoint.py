@@ -39,7 +39,7 @@ from fusellm_ray.target.collectives import gather_json
 from fusellm_ray.target.model import add_adapters, trainable_parameters
 
 STATE_FILE = "state.json"
-FORMAT = 1
+FORMAT = 2
 """Of the folder; another number is refused."""
 FILE_BYTES = 1 << 30
 """Size of a file, about. A file is serialised in memory before it is written."""
