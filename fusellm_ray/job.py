@@ -136,11 +136,8 @@ def _run(
             if attached:
                 pools = attach(config, identity["target_tokenizer"])
             if pools is None:
-                own_pools = start_pools(config)
-                pools = own_pools
-                descriptions = wait_ready(pools, config.run.start_timeout_s, on_progress=display.teachers)
-            else:
-                descriptions = wait_ready(pools, config.run.start_timeout_s)
+                pools = own_pools = start_pools(config)
+            descriptions = wait_ready(pools, config.run.start_timeout_s, on_progress=display.teachers)
             if not config.stream.allow_spilling:
                 refuse_disk()
             identity["teachers"] = {name: d.fingerprint for name, d in descriptions.items()}

@@ -83,7 +83,9 @@ class Plan:
             "cpp": Recipe("qwen3", "unigram", vocab_size=4096, steps=400, tokenizer_bytes=600_000),
         }
     )
-    target: Recipe = Recipe("gpt2", "digits", vocab_size=3072, steps=100, hidden_size=256, row_tokens=512)
+    target: Recipe = Recipe(
+        "gpt2", "digits", vocab_size=3072, steps=100, hidden_size=256, batch_rows=8, row_tokens=256
+    )
 
     def version(self) -> str:
         """Changes with the recipes, the code that follows them, and the packages whose text is read."""
