@@ -84,7 +84,13 @@ def make_config(models: dict[str, Path], corpus: Path, rows: int) -> Config:
             "run": {"name": "stream-benchmark"},
             "target": {"model": str(models[TARGET])},
             "teachers": [
-                {"name": name, "model": str(models[name]), "engine": {"type": "simulated"}, "top_k": 16}
+                {
+                    "name": name,
+                    "model": str(models[name]),
+                    "engine": {"type": "simulated"},
+                    "top_k": 16,
+                    "cache_bytes": 4 << 20,  # full before the measurement begins, so that growth is a leak
+                }
                 for name in TEACHERS
             ],
             "corpus": {

@@ -75,8 +75,8 @@ def same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> 
 
 
 class FaultyReplica:
-    """Actor between ranks and a replica. The first time it meets a text it answers, in turn: as it should, with NaN
-    in the frame, with an engine's error, late."""
+    """Actor between ranks and a replica. The first time it meets a text it answers, in turn: with NaN in the
+    frame, with an engine's error, as it should. With `late_s` all answers are right, and the third is that late."""
 
     def __init__(self, replica: Any, late_s: float) -> None:
         self._replica = replica
@@ -89,16 +89,17 @@ class FaultyReplica:
         if request.tobytes() in self._met:
             return answer
         self._met.add(request.tobytes())
-        kind = len(self._met) % 4
-        if kind == 1:
+        number = len(self._met)
+        if self._late_s:
+            if number == 3:
+                self.faults["late"] += 1
+                await asyncio.sleep(self._late_s)
+        elif number % 3 == 1:
             self.faults["nan"] += 1
             return with_nan(answer)
-        if kind == 2:
+        elif number % 3 == 2:
             self.faults["error"] += 1
             raise EngineError("the engine answered NaN")
-        if kind == 3 and self._late_s:
-            self.faults["late"] += 1
-            await asyncio.sleep(self._late_s)
         return answer
 
     async def counted(self) -> dict[str, int]:

@@ -88,6 +88,22 @@ def test_killed_replicas_a_killed_pool_and_wrong_answers_change_no_bit(
     assert same_bits(weights(config, tmp_path / "export"), wanted)
 
 
+def test_late_answers_and_those_that_come_twice_change_no_bit(
+    tree: dict[str, Any],
+    pools: dict[str, Any],
+    undisturbed: tuple[list[float], dict[str, torch.Tensor]],
+    tmp_path: Path,
+) -> None:
+    # A quarter of the deadline without an answer, and another replica is asked; then the first answers, too.
+    faulty: Any = ray.remote(FaultyPool).options(num_cpus=0).remote(pools["left"], late_s=11.0)
+    config, seen = named(tree, "late", stream={"deadline_s": 40}), Injector({})
+    assert run_job(config, display=seen, pools={"left": faulty, "right": pools["right"]}).is_finished
+    assert ray.get(faulty.counted.remote())["late"] >= 1
+    losses, wanted = undisturbed
+    assert seen.losses == losses
+    assert same_bits(weights(config, tmp_path / "export"), wanted)
+
+
 class Thawing(Injector):
     """Lets frozen processes go on once their teacher is missed, and stops the run once it is back."""
 
