@@ -96,11 +96,28 @@ def run_job(
         display.note(f"{config.run.name}: finished at step {saved['step']} ({checkpoints.folder})")
         return Outcome(step=saved["step"], is_finished=True)
     identity = plan.preflight(config)
-    with contextlib.ExitStack() as stack:
-        log = stack.enter_context(_recorded(config, checkpoints))
-        # In this order: ray.init puts handlers of its own over those it finds.
-        stack.enter_context(running_cluster() if attached else local_or_running_cluster(config))
-        stop = stack.enter_context(_Stop())
+    with RecordLog(checkpoints.folder) as log:
+        log.write({"event": "run", "config": config.model_dump(mode="json")})
+        try:
+            return _run(config, identity, checkpoints, display, log, allow_changes, pools, attached)
+        except FuseLLMError as error:
+            log.write({"event": "failed", "error": str(error)})
+            raise
+
+
+def _run(
+    config: Config,
+    identity: dict[str, Any],
+    checkpoints: Checkpoints,
+    display: Display,
+    log: RecordLog,
+    allow_changes: bool,
+    pools: dict[str, Any] | None,
+    attached: bool,
+) -> Outcome:
+    """`run_job` from the cluster on: teachers up, ranks at work, everything down again."""
+    # In this order: ray.init puts handlers of its own over those it finds.
+    with running_cluster() if attached else local_or_running_cluster(config), _Stop() as stop:
         if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # set by Ray in the entrypoint of a job
             wait_s = int(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "3"))
             if wait_s < JOB_STOP_WAIT_S:
@@ -124,6 +141,7 @@ def run_job(
             if not config.stream.allow_spilling:
                 refuse_disk()
             identity["teachers"] = {name: d.fingerprint for name, d in descriptions.items()}
+            saved = checkpoints.latest_state()
             if saved is not None:
                 _refuse_changes(saved, identity, allow_changes, checkpoints.folder)
             addresses = tuple(
@@ -145,26 +163,6 @@ def run_job(
         finally:
             stop.is_over = True
             stop_pools(own_pools)
-
-
-@contextlib.contextmanager
-def _recorded(config: Config, checkpoints: Checkpoints) -> Iterator[RecordLog]:
-    """The run's record, which says how the run began, and why it failed, however early."""
-    with RecordLog(checkpoints.folder) as log:
-        log.write({"event": "run", "config": config.model_dump(mode="json")})
-        try:
-            yield log
-        except FuseLLMError as error:
-            log.write({"event": "failed", "error": str(error)})
-            raise
-        except KeyboardInterrupt:
-            log.write(
-                {
-                    "event": "failed",
-                    "error": "interrupted; the same command goes on from the latest checkpoint",
-                }
-            )
-            raise
 
 
 def is_finished(state: dict[str, Any], config: Config) -> bool:
