@@ -72,8 +72,10 @@ class Rack:
             await scorer.self_test()
         return self._scorers[0].fingerprint
 
-    async def score(self, replica: int, request: NDArray[np.uint8], run: str) -> NDArray[np.uint8]:
-        return await self._scorers[replica].answer(request, run)
+    async def score(
+        self, replica: int, request: NDArray[np.uint8], run: str, batch: int
+    ) -> NDArray[np.uint8]:
+        return await self._scorers[replica].answer(request, run, batch)
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,8 @@ class Replica:
     def score(self) -> Replica:
         return self
 
-    def remote(self, request: Any, run: str) -> Any:
-        return self.rack.score.remote(self.number, request, run)
+    def remote(self, request: Any, run: str, batch: int) -> Any:
+        return self.rack.score.remote(self.number, request, run, batch)
 
 
 class Table:

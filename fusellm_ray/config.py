@@ -186,7 +186,7 @@ class TeacherConfig(ModelConfig):
     """Its share under `fusion.rule: weighted`."""
     max_context: int | None = Field(default=None, ge=2)
     """Tokens the model reads at once; default: what its config says."""
-    cache_bytes: int = Field(default=64 << 20, ge=0)
+    cache_bytes: int = Field(default=256 << 20, ge=0)
     """Memory a replica uses for its latest answers, so that the same text asked again (by another run of a sweep,
     by a resumed run) is not scored again; a token takes about 4 to 6 bytes a candidate. 0: none."""
     replicas: Replicas = Replicas()

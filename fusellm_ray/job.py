@@ -33,8 +33,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fusellm_ray import plan
 from fusellm_ray.config import Config
-from fusellm_ray.errors import CheckpointError, ClusterError, FuseLLMError, TeacherLostError
-from fusellm_ray.observe.failures import group_failures
+from fusellm_ray.errors import CheckpointError, ClusterError, FuseLLMError
+from fusellm_ray.observe.failures import find_error, group_failures
 from fusellm_ray.observe.losses import TeacherLosses
 from fusellm_ray.observe.progress import Display, make_display
 from fusellm_ray.observe.records import RecordLog
@@ -44,13 +44,13 @@ from fusellm_ray.stream.memory import NO_DISK_ENVIRONMENT, DiskWatch, refuse_dis
 from fusellm_ray.target.checkpoint import explain_changes, export_model
 from fusellm_ray.target.control import RunControl
 from fusellm_ray.target.storage import Checkpoints
-from fusellm_ray.target.worker import TrainTask, train_loop
+from fusellm_ray.target.task import RaiseLastingErrors, TrainTask, run_rank
 from fusellm_ray.teachers.attach import attach, running_cluster
 from fusellm_ray.teachers.service import PoolWatch, start_pools, stop_pools, wait_ready
 
 JOB_STOP_WAIT_S = 60
 """What `ray job stop` should give a run for its checkpoint; Ray's default is 3."""
-POLL_S = 0.3
+POLL_S = 0.5
 """How often the driver looks for new records."""
 SLOW_START_S = 60.0
 """Without a rank for so long, the driver says what it waits for."""
@@ -96,28 +96,11 @@ def run_job(
         display.note(f"{config.run.name}: finished at step {saved['step']} ({checkpoints.folder})")
         return Outcome(step=saved["step"], is_finished=True)
     identity = plan.preflight(config)
-    with RecordLog(checkpoints.folder) as log:
-        log.write({"event": "run", "config": config.model_dump(mode="json")})
-        try:
-            return _run(config, identity, checkpoints, display, log, allow_changes, pools, attached)
-        except FuseLLMError as error:
-            log.write({"event": "failed", "error": str(error)})
-            raise
-
-
-def _run(
-    config: Config,
-    identity: dict[str, Any],
-    checkpoints: Checkpoints,
-    display: Display,
-    log: RecordLog,
-    allow_changes: bool,
-    pools: dict[str, Any] | None,
-    attached: bool,
-) -> Outcome:
-    """`run_job` from the cluster on: teachers up, ranks at work, everything down again."""
-    # In this order: ray.init puts handlers of its own over those it finds.
-    with running_cluster() if attached else local_or_running_cluster(config), _Stop() as stop:
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(_recorded(config, checkpoints))
+        # In this order: ray.init puts handlers of its own over those it finds.
+        stack.enter_context(running_cluster() if attached else local_or_running_cluster(config))
+        stop = stack.enter_context(_Stop())
         if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # set by Ray in the entrypoint of a job
             wait_s = int(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "3"))
             if wait_s < JOB_STOP_WAIT_S:
@@ -141,7 +124,6 @@ def _run(
             if not config.stream.allow_spilling:
                 refuse_disk()
             identity["teachers"] = {name: d.fingerprint for name, d in descriptions.items()}
-            saved = checkpoints.latest_state()
             if saved is not None:
                 _refuse_changes(saved, identity, allow_changes, checkpoints.folder)
             addresses = tuple(
@@ -165,6 +147,26 @@ def _run(
             stop_pools(own_pools)
 
 
+@contextlib.contextmanager
+def _recorded(config: Config, checkpoints: Checkpoints) -> Iterator[RecordLog]:
+    """The run's record, which says how the run began, and why it failed, however early."""
+    with RecordLog(checkpoints.folder) as log:
+        log.write({"event": "run", "config": config.model_dump(mode="json")})
+        try:
+            yield log
+        except FuseLLMError as error:
+            log.write({"event": "failed", "error": str(error)})
+            raise
+        except KeyboardInterrupt:
+            log.write(
+                {
+                    "event": "failed",
+                    "error": "interrupted; the same command goes on from the latest checkpoint",
+                }
+            )
+            raise
+
+
 def is_finished(state: dict[str, Any], config: Config) -> bool:
     """Whether a run's latest checkpoint is its last: all steps are done, or it stopped early, as it still should."""
     has_stopped = config.training.early_stop is not None and state.get("stopped_early", False)
@@ -182,7 +184,10 @@ def export_run(config: Config, out: Path, *, step: int | Literal["best"] | None 
 
 
 _ONE_NODE_ENVIRONMENT = {
-    "RAY_event_stats": "0",  # of every event loop, for Ray's own developers: a sixth of what idle processes cost
+    # What nobody reads where there is no dashboard, and every idle process pays for:
+    "RAY_event_stats": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_task_events_report_interval_ms": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process that asks whether this one node is taken away
 }
 
@@ -280,33 +285,6 @@ class _Stop:
 # ---------------------------------------------------------------------------------------- training
 
 
-class _RaiseLastingErrors(ray.train.UserCallback):
-    """Ends the run on errors that a restart of the worker group cannot heal."""
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        for error in worker_exceptions.values():
-            ours = find_error(error)
-            if isinstance(ours, ValueError | TeacherLostError):
-                raise ours
-
-
-def find_error(error: BaseException | None) -> FuseLLMError | None:
-    """The error of ours inside what Ray wrapped around it."""
-    seen: set[int] = set()
-    queue = [error]
-    while queue:
-        current = queue.pop()
-        if current is None or id(current) in seen:
-            continue
-        if isinstance(current, FuseLLMError):
-            return current
-        seen.add(id(current))
-        queue += [current.__cause__, current.__context__, getattr(current, "cause", None)]
-        queue += [getattr(current, "_base_exc", None), getattr(current, "controller_failure", None)]
-        queue += list(getattr(current, "worker_failures", {}).values())
-    return None
-
-
 def _fit(
     config: Config,
     addresses: tuple[TeacherAddress, ...],
@@ -325,7 +303,7 @@ def _fit(
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     workers = config.trainer.workers
     trainer = ray.train.torch.TorchTrainer(
-        train_loop,
+        run_rank,
         train_loop_config={"task": task},
         scaling_config=ScalingConfig(
             # Ray's annotation is of V1, which knows no range.
@@ -342,7 +320,7 @@ def _fit(
                 controller_failure_limit=config.trainer.max_failures,
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.checkpoint.keep),
-            callbacks=[_RaiseLastingErrors()],  # type: ignore[list-item]  # Ray's annotation is of V1
+            callbacks=[RaiseLastingErrors()],  # type: ignore[list-item]  # Ray's annotation is of V1
         ),
     )
     failure: list[BaseException] = []

@@ -84,8 +84,8 @@ class FaultyReplica:
         self._met: set[bytes] = set()
         self.faults = {"nan": 0, "error": 0, "late": 0}
 
-    async def score(self, request: NDArray[np.uint8], run: str = "") -> NDArray[np.uint8]:
-        answer = await self._replica.score.remote(request, run)
+    async def score(self, request: NDArray[np.uint8], run: str = "", batch: int = 0) -> NDArray[np.uint8]:
+        answer = await self._replica.score.remote(request, run, batch)
         if request.tobytes() in self._met:
             return answer
         self._met.add(request.tobytes())

@@ -22,7 +22,7 @@ def served(requests: Sequence[Request], max_prompts: int = 1) -> list[Request]:
 
         async def ask(run: str, tokens: int) -> None:
             nonlocal inside, most
-            async with turns.turn(run, prompts=1, tokens=tokens):
+            async with turns.turn(run, 0, prompts=1, tokens=tokens):
                 order.append((run, tokens))
                 inside += 1
                 most = max(most, inside)
@@ -53,7 +53,7 @@ def test_a_run_that_comes_late_catches_up_on_nothing() -> None:
         turns, order = Turns(1), []
 
         async def ask(run: str) -> None:
-            async with turns.turn(run, prompts=1, tokens=100):
+            async with turns.turn(run, 0, prompts=1, tokens=100):
                 order.append(run)
                 await asyncio.sleep(0)
 
@@ -63,6 +63,21 @@ def test_a_run_that_comes_late_catches_up_on_nothing() -> None:
 
     order = asyncio.run(serve())
     assert order[MIN_REQUESTS : MIN_REQUESTS + 6].count("late") <= 4
+
+
+def test_a_runs_earliest_batch_comes_first_in_whatever_order_they_arrive() -> None:
+    async def serve() -> list[int]:
+        turns, order = Turns(1), []
+
+        async def ask(batch: int) -> None:
+            async with turns.turn("a", batch, prompts=1, tokens=100):
+                order.append(batch)
+                await asyncio.sleep(0)
+
+        await asyncio.gather(*(ask(batch) for batch in [9, 4, 7, 3, 8, 1, 0, 2, 6, 5]))
+        return order
+
+    assert asyncio.run(serve()) == [9, 4, 7, 0, 1, 2, 3, 5, 6, 8]
 
 
 def test_as_many_prompts_are_let_in_as_the_engine_takes_at_once() -> None:
@@ -75,7 +90,7 @@ def test_a_request_that_is_given_up_leaves_its_turn_to_others() -> None:
 
         async def ask(seconds: float) -> None:
             nonlocal done
-            async with turns.turn("a", prompts=1, tokens=1):
+            async with turns.turn("a", 0, prompts=1, tokens=1):
                 await asyncio.sleep(seconds)
                 done += 1
 

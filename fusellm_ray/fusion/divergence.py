@@ -16,13 +16,12 @@ from torch import Tensor
 
 from fusellm_ray.config import ObjectiveConfig
 from fusellm_ray.fusion.fuse import Candidates
+from fusellm_ray.fusion.passes import outside_mass, spread
 
 _LEAST_MASS = 1e-30
 """Target mass outside the candidates is taken as no less: it underflows there, and its logarithm must not."""
 _LEAST_TEACHER_MASS = 1e-7
 """Least residual of a teacher under reverse KL (infinite otherwise): what float32 tells from 0 in 1 − Σp."""
-_CACHE_BYTES = 4 << 20
-"""Logits that the passes of one softmax share, for each CPU thread: the size of a second-level cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +86,11 @@ class Batch:
 def differentiate(logits: Tensor, chunk: Batch, config: ObjectiveConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Replace logits [C, V] by the gradient of the positions' losses; give (clm, fusion, listened), each [C].
 
-    All that lies between the head's products is here; a kernel for another device replaces this function.
+    All that lies between the head's products is here. Only `fusion.passes` touches all V entries.
     """
     inside = chunk.log_p.isfinite()
-    gathered = logits.gather(1, chunk.slots)
-    top, outside = exponentiate(logits, chunk.slots)
+    gathered = logits.gather(1, chunk.slots).to(torch.promote_types(logits.dtype, torch.float32))
+    top, outside = outside_mass(logits, chunk.slots)
     # Masses relative to exp(top). Summing what is outside, not subtracting what is inside from 1, keeps a
     # confident target's tail, and with it its gradient, accurate.
     masses = (gathered - top[:, None]).exp()
@@ -110,33 +109,18 @@ def differentiate(logits: Tensor, chunk: Batch, config: ObjectiveConfig) -> tupl
     fusion = torch.where(listened, fusion, 0.0)
 
     # d log q_u / dz_v = [u = v] − q_v, and log of the tail's mass: [v outside] q_v / tail − q_v.
-    share = listened.to(logits.dtype) * (1.0 - config.clm_weight)
+    q = log_q.exp()
+    share = listened.to(q.dtype) * (1.0 - config.clm_weight)
     dense = (1.0 - share) - share * (slope.sum(1) + tail_slope)
     sparse = dense + share * (tail_slope / log_tail.exp())
-    q = log_q.exp()
     values = q * dense[:, None] + share[:, None] * slope
     at_gold = torch.where(inside[:, 0], values[:, 0], q[:, 0] * sparse) - (1.0 - share)
     # Unused slots repeat gold, so whichever of the equal indices is written last, it writes the same.
     values = torch.where(inside, values, at_gold[:, None])
     values[:, 0] = at_gold
-    logits.mul_((sparse / total)[:, None]).scatter_(1, chunk.slots, values)
+    spread(logits, top, sparse / total)
+    logits.scatter_(1, chunk.slots, values.to(logits.dtype))
     return clm, fusion, listened
-
-
-def exponentiate(logits: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """logits := exp(logits − their maximum), 0 in the slots. Give the maximum and the sum of each row."""
-    block = len(logits)
-    if logits.device.type == "cpu":
-        row_bytes = logits.shape[1] * logits.element_size()
-        block = max(1, _CACHE_BYTES // row_bytes) * torch.get_num_threads()
-    top, outside = logits.new_empty(len(logits)), logits.new_empty(len(logits))
-    for start in range(0, len(logits), max(block, 1)):
-        part = slice(start, start + block)
-        torch.amax(logits[part], 1, out=top[part])
-        masses = logits[part].sub_(top[part, None]).exp_()
-        masses.scatter_(1, slots[part], 0.0)
-        torch.sum(masses, 1, out=outside[part])
-    return top, outside
 
 
 def _divergence(

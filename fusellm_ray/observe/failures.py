@@ -1,14 +1,33 @@
-"""The errors of many ranks as few lines: same errors once, rare ones first."""
+"""What ended a run: our own error inside what Ray wrapped around it, or the errors of many ranks as few lines."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
 
+from fusellm_ray.errors import FuseLLMError
+
 _MAX_CHARS = 1500
 """Of one error's text; the whole is in Ray's logs."""
 _NUMBERS = re.compile(r"\b0x[0-9a-f]+|\b[0-9a-f]{24,}\b|\d+(?:[.:]\d+)*", re.IGNORECASE)
 """Addresses, ids of actors, process ids, ports, ranks: what differs between ranks with the same trouble."""
+
+
+def find_error(error: BaseException | None) -> FuseLLMError | None:
+    """The error of ours inside what Ray wrapped around it."""
+    seen: set[int] = set()
+    queue = [error]
+    while queue:
+        current = queue.pop()
+        if current is None or id(current) in seen:
+            continue
+        if isinstance(current, FuseLLMError):
+            return current
+        seen.add(id(current))
+        queue += [current.__cause__, current.__context__, getattr(current, "cause", None)]
+        queue += [getattr(current, "_base_exc", None), getattr(current, "controller_failure", None)]
+        queue += list(getattr(current, "worker_failures", {}).values())
+    return None
 
 
 def group_failures(failures: Mapping[int, BaseException]) -> str:

@@ -70,6 +70,12 @@ class Recipe:
     """Of text that the tokenizer is trained on."""
 
 
+def _expert(architecture: Architecture, tokenizer: TokenizerKind, **options: Any) -> Recipe:
+    return Recipe(
+        architecture, tokenizer, vocab_size=4096, steps=320, hidden_size=144, head_size=48, **options
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Everything that a zoo's content depends on, but for the machine's text."""
@@ -78,9 +84,9 @@ class Plan:
     sizes: Sizes = field(default_factory=Sizes)
     experts: Mapping[str, Recipe] = field(
         default_factory=lambda: {
-            "python": Recipe("llama", "byte_level", vocab_size=4096, steps=400),
-            "prose": Recipe("gpt_neox", "sentencepiece", vocab_size=4096, steps=400),
-            "cpp": Recipe("qwen3", "unigram", vocab_size=4096, steps=400, tokenizer_bytes=600_000),
+            "python": _expert("llama", "byte_level"),
+            "prose": _expert("gpt_neox", "sentencepiece"),
+            "cpp": _expert("qwen3", "unigram", tokenizer_bytes=600_000),
         }
     )
     target: Recipe = Recipe(

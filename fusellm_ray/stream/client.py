@@ -188,7 +188,7 @@ class TeacherStream:
         if loads[own] <= min(loads.values()) + request.tokens:
             loads[own] = -1
         replica = min(replicas[turn:] + replicas[:turn], key=lambda r: (r in request.tried, loads[r]))
-        ref = teacher.handles[replica].score.remote(request.message, teacher.address.run)
+        ref = teacher.handles[replica].score.remote(request.message, teacher.address.run, request.batch)
         teacher.load[replica] = teacher.load.get(replica, 0) + request.tokens
         request.attempts[ref] = replica
         request.tried.add(replica)

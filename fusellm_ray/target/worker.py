@@ -1,4 +1,4 @@
-"""A trainer rank from its start to its end: Ray Train calls `train_loop` on every worker.
+"""A trainer rank from its start to its end: every worker of Ray Train calls `train_loop`.
 
     restore or begin → for each step: take the joined batch → forward and backward → step → record
                                       → (evaluate) → (checkpoint, written while the next steps run)
@@ -18,7 +18,6 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.actor import ActorHandle
 from torch.distributed.device_mesh import init_device_mesh
 
 from fusellm_ray.config import Config
@@ -30,7 +29,7 @@ from fusellm_ray.fusion.loss import ObjectiveOutput, objective
 from fusellm_ray.models import HeadedModel, model_facts
 from fusellm_ray.observe.metrics import RankMetrics
 from fusellm_ray.perplexity import held_out_documents
-from fusellm_ray.stream.client import TeacherAddress, TeacherStream
+from fusellm_ray.stream.client import TeacherStream
 from fusellm_ray.target import evaluation
 from fusellm_ray.target.batches import MicroBatch, RankBatches, StepBatch
 from fusellm_ray.target.checkpoint import load_checkpoint, read_state
@@ -44,17 +43,7 @@ from fusellm_ray.target.model import (
 )
 from fusellm_ray.target.saving import CheckpointWriter
 from fusellm_ray.target.statistics import StepStatistics
-
-
-@dataclass(frozen=True)
-class TrainTask:
-    """What the driver gives to every rank."""
-
-    config: Config
-    teachers: tuple[TeacherAddress, ...]
-    control: ActorHandle
-    identity: dict[str, Any]
-    """Fingerprints of models, tokenizers and corpus: saved with every checkpoint."""
+from fusellm_ray.target.task import TrainTask
 
 
 @dataclass(slots=True)
@@ -97,9 +86,9 @@ class Rank:
         return self.task.control.record.remote({"event": event} | figures)
 
 
-def train_loop(spec: dict[str, Any]) -> None:
+def train_loop(task: TrainTask) -> None:
     """Train to the end, or until the driver asks to stop; the last thing done is a checkpoint."""
-    rank = _set_up(spec["task"])
+    rank = _set_up(task)
     config = rank.config
     progress = _restore(rank)
     rank.record("start", step=progress.step, ranks=rank.num_ranks)

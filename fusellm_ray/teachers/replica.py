@@ -67,15 +67,15 @@ class TeacherReplica:
             target_tokenizer=scorer.target.fingerprint,
         )
 
-    async def score(self, request: NDArray[np.uint8], run: str = "") -> NDArray[np.uint8]:
-        """Answer a request of `stream.frame`, asked by `run`, with a frame.
+    async def score(self, request: NDArray[np.uint8], run: str = "", batch: int = 0) -> NDArray[np.uint8]:
+        """Answer a request of `stream.frame`, for a batch of `run`, with a frame.
 
         Raises:
             FrameError: the request cannot be read.
             EngineError: not loaded (again) yet, or the engine answered wrongly; worth another try.
         """
         started = time.monotonic()
-        answer = await self._loaded().answer(request, run)
+        answer = await self._loaded().answer(request, run, batch)
         self._metrics.answered(time.monotonic() - started)
         return answer
 

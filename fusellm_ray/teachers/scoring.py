@@ -106,12 +106,13 @@ class TeacherScorer:
         self._in_engine = 0
         self._engine_since = 0.0
 
-    async def answer(self, request: NDArray[np.uint8], run: str = "") -> NDArray[np.uint8]:
+    async def answer(self, request: NDArray[np.uint8], run: str = "", batch: int = 0) -> NDArray[np.uint8]:
         """Score the segments of a request.
 
         Args:
             request: as `frame.encode_request` wrote it.
             run: who asks; runs get their turns in fairness.
+            batch: a run's earliest goes first.
 
         Raises:
             FrameError: the request cannot be read.
@@ -122,7 +123,7 @@ class TeacherScorer:
         tokens = sum(len(s.ids) for s in segments)
         self._in_flight[number] = (tokens, time.monotonic())
         try:
-            parts = await self._cache.answers(segments, functools.partial(self._score_in_turn, run))
+            parts = await self._cache.answers(segments, functools.partial(self._score_in_turn, run, batch))
             buffer = await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, parts)
             self._stats.requests += 1
             self._stats.frame_bytes += buffer.nbytes
@@ -195,9 +196,9 @@ class TeacherScorer:
 
     # ------------------------------------------------------------------------------------ one request
 
-    async def _score_in_turn(self, run: str, segments: Sequence[Segment]) -> list[Aligned]:
+    async def _score_in_turn(self, run: str, batch: int, segments: Sequence[Segment]) -> list[Aligned]:
         tokens = sum(len(s.ids) for s in segments)
-        async with self._turns.turn(run, prompts=len(segments), tokens=tokens):
+        async with self._turns.turn(run, batch, prompts=len(segments), tokens=tokens):
             return await self._score(segments, self._stats)
 
     async def _score(self, segments: Sequence[Segment], stats: ReplicaStats) -> list[Aligned]:

@@ -1,0 +1,60 @@
+"""The passes over a chunk's logits [C, V]: what lies outside a few slots of each row, and the gradient there.
+
+    outside_mass   maximum and mass; the slots are taken out
+    spread         everything that is left becomes a factor a row times its softmax numerator
+
+On a GPU Triton kernels make them (`fusion.kernels`), elsewhere PyTorch, in pieces that stay in the CPU's cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_CACHE_BYTES = 4 << 20
+"""Logits that the passes of one softmax share, for each CPU thread: the size of a second-level cache."""
+
+
+def outside_mass(logits: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Take the slots out of `logits`, which are what `spread` needs after it.
+
+    Args:
+        logits: [C, V]
+        slots: int64 [C, m]
+
+    Returns:
+        (each row's maximum, Σ exp(logits − maximum) outside the slots), both [C], float32 or wider.
+    """
+    if _has_kernels(logits):
+        from fusellm_ray.fusion.kernels import row_mass
+
+        in_slots = logits.gather(1, slots).amax(1).float()
+        top_outside, mass = row_mass(logits.scatter_(1, slots, -torch.inf))
+        top = torch.maximum(top_outside, in_slots)
+        return top, mass * (top_outside - top).exp()
+    block = len(logits)
+    if logits.device.type == "cpu":
+        row_bytes = logits.shape[1] * logits.element_size()
+        block = max(1, _CACHE_BYTES // row_bytes) * torch.get_num_threads()
+    top, outside = logits.new_empty(len(logits)), logits.new_empty(len(logits))
+    for start in range(0, len(logits), max(block, 1)):
+        part = slice(start, start + block)
+        torch.amax(logits[part], 1, out=top[part])
+        masses = logits[part].sub_(top[part, None]).exp_()
+        masses.scatter_(1, slots[part], 0.0)
+        torch.sum(masses, 1, out=outside[part])
+    return top, outside
+
+
+def spread(logits: Tensor, top: Tensor, factor: Tensor) -> None:
+    """logits := factor · exp(logits − top) outside the slots, 0 in them; after `outside_mass`, which gave `top`."""
+    if _has_kernels(logits):
+        from fusellm_ray.fusion.kernels import scaled_exp_
+
+        scaled_exp_(logits, top, factor)
+    else:
+        logits.mul_(factor[:, None])
+
+
+def _has_kernels(logits: Tensor) -> bool:
+    return logits.is_cuda and logits.dtype != torch.float64

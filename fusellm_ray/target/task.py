@@ -1,0 +1,44 @@
+"""What a driver hands to Ray Train. Its controller reads all of this and needs none of a rank's imports: seconds of
+every start, so they wait until a rank is at work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ray.train
+from ray.actor import ActorHandle
+
+from fusellm_ray.config import Config
+from fusellm_ray.errors import TeacherLostError
+from fusellm_ray.observe.failures import find_error
+from fusellm_ray.stream.address import TeacherAddress
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """What the driver gives to every rank."""
+
+    config: Config
+    teachers: tuple[TeacherAddress, ...]
+    control: ActorHandle
+    identity: dict[str, Any]
+    """Fingerprints of models, tokenizers and corpus: saved with every checkpoint."""
+
+
+def run_rank(spec: dict[str, Any]) -> None:
+    """Be a rank; `spec` holds the `task`."""
+    from fusellm_ray.target.worker import train_loop
+
+    train_loop(spec["task"])
+
+
+class RaiseLastingErrors(ray.train.UserCallback):
+    """Ends the run on errors that a restart of the worker group cannot heal."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for error in worker_exceptions.values():
+            ours = find_error(error)
+            if isinstance(ours, ValueError | TeacherLostError):
+                raise ours
