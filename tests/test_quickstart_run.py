@@ -1,0 +1,50 @@
+"""The quickstart from its command to its table, on the smallest zoo."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from fusellm_ray.cli import main
+from fusellm_ray.quickstart import run
+from fusellm_ray.quickstart.text import DOMAINS
+from fusellm_ray.quickstart.zoo import Plan, Zoo, build_zoo
+from tests.test_quickstart_zoo import small, small_plan
+
+
+@pytest.mark.slow
+def test_the_command_trains_both_arms_and_compares_them(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = Plan()
+    reads_rows = {"row_tokens": 256, "steps": 4}
+    plan = replace(
+        small_plan(),
+        experts={domain: replace(small(recipe), **reads_rows) for domain, recipe in full.experts.items()},
+        target=replace(small(full.target), **reads_rows),
+    )
+
+    def build(cache: Path, **options: Any) -> Zoo:
+        return build_zoo(cache, plan=plan, **options)
+
+    monkeypatch.setattr(run, "build_zoo", build)
+    report = tmp_path / "report.json"
+    command = ["quickstart", "--cache", str(tmp_path), "--steps", "2", "--json", str(report)]
+    done = CliRunner().invoke(main, command, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    models = ["target before", "CLM only", "fused", *(f"teacher {domain}" for domain in DOMAINS)]
+    assert all(name in done.output for name in models)
+    scores = json.loads(report.read_text())["scores"]
+    assert list(scores) == models
+    for by_domain in scores.values():
+        assert {*DOMAINS} <= {*by_domain}
+    # Two steps change a model, and another way with teachers than without.
+    assert scores["target before"] != scores["CLM only"] != scores["fused"]
+    for arm in ("fused", "clm"):
+        (folder,) = (tmp_path / "runs").glob(f"quickstart-{arm}-*-model")
+        assert (folder / "model.safetensors").is_file()
