@@ -40,12 +40,12 @@ from fusellm_ray.observe.progress import Display, make_display
 from fusellm_ray.observe.records import RecordLog
 from fusellm_ray.observe.sinks import Sinks
 from fusellm_ray.stream.address import TeacherAddress
-from fusellm_ray.stream.memory import NO_DISK_ENVIRONMENT, DiskWatch, refuse_disk
+from fusellm_ray.stream.memory import NO_DISK_ENVIRONMENT, DiskWatch
 from fusellm_ray.target.checkpoint import explain_changes, export_model
 from fusellm_ray.target.control import RunControl
 from fusellm_ray.target.storage import Checkpoints
 from fusellm_ray.target.task import RaiseLastingErrors, TrainTask, run_rank
-from fusellm_ray.teachers.attach import attach, running_cluster
+from fusellm_ray.teachers.attach import attach, join_cluster, running_cluster
 from fusellm_ray.teachers.service import PoolWatch, start_pools, stop_pools, wait_ready
 
 JOB_STOP_WAIT_S = 60
@@ -56,7 +56,7 @@ SLOW_START_S = 60.0
 """Without a rank for so long, the driver says what it waits for."""
 
 DISK_LOOK_S = 10.0
-"""Between two looks at what nodes have written to disk: one that leaves takes its count along."""
+"""Between two looks at nodes' disks: one that leaves takes its count along, one that comes may not be set right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +121,7 @@ def run_job(
             if pools is None:
                 pools = own_pools = start_pools(config)
             descriptions = wait_ready(pools, config.run.start_timeout_s, on_progress=display.teachers)
-            if not config.stream.allow_spilling:
-                refuse_disk()
+            disk = DiskWatch(refuse=not config.stream.allow_spilling)
             identity["teachers"] = {name: d.fingerprint for name, d in descriptions.items()}
             if saved is not None:
                 _refuse_changes(saved, identity, allow_changes, checkpoints.folder)
@@ -136,7 +135,7 @@ def run_job(
                 )
                 for t in config.active_teachers
             )
-            return _fit(config, addresses, identity, checkpoints, display, log, stop)
+            return _fit(config, addresses, identity, checkpoints, display, log, stop, disk)
         except KeyboardInterrupt:
             for pool in own_pools.values():
                 ray.kill(pool)  # its replicas go with it
@@ -154,16 +153,10 @@ def _recorded(config: Config, checkpoints: Checkpoints) -> Iterator[RecordLog]:
         log.write({"event": "run", "config": config.model_dump(mode="json")})
         try:
             yield log
-        except FuseLLMError as error:
-            log.write({"event": "failed", "error": str(error)})
-            raise
-        except KeyboardInterrupt:
-            log.write(
-                {
-                    "event": "failed",
-                    "error": "interrupted; the same command goes on from the latest checkpoint",
-                }
-            )
+        except (Exception, KeyboardInterrupt) as error:
+            is_interrupted = isinstance(error, KeyboardInterrupt)
+            text = "interrupted; the same command goes on from the latest checkpoint"
+            log.write({"event": "failed", "error": text if is_interrupted else str(error)})
             raise
 
 
@@ -200,7 +193,7 @@ def local_or_running_cluster(config: Config) -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, log_to_driver=False)
+        join_cluster(address)
     else:
         start_private_ray(
             object_store_memory=max(
@@ -293,6 +286,7 @@ def _fit(
     display: Display,
     log: RecordLog,
     stop: _Stop,
+    disk: DiskWatch,
 ) -> Outcome:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     control: Any = ray.remote(RunControl).options(num_cpus=0, scheduling_strategy=here).remote()
@@ -337,7 +331,7 @@ def _fit(
     watch = PoolWatch({address.name: address.pool for address in addresses})
     losses = TeacherLosses([address.name for address in addresses])
     asked_to_stop = False
-    disk, disk_looked_at = DiskWatch(), time.monotonic()
+    disk_looked_at = time.monotonic()
     started = time.monotonic()
     has_said_so = False
     thread.start()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import grpc
@@ -37,13 +37,16 @@ _NODE_S = 60.0
 _RPC_S = 5.0
 
 
-def refuse_disk() -> None:
-    """Check every node of the cluster.
+def refuse_disk(checked: Iterable[str] = ()) -> set[str]:
+    """Check every node of the cluster but those that were checked; give the ids of all that are there.
 
     Raises:
         ClusterError: naming the nodes that would write to disk, and what to set.
     """
-    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+    alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+    nodes = {node_id: node for node_id, node in alive.items() if node_id not in checked}
+    if not nodes:
+        return set(alive)
     if any(child.name() == "raylet" for child in psutil.Process().children()):
         environments = dict.fromkeys(
             nodes, _ray_environment()
@@ -67,6 +70,7 @@ def refuse_disk() -> None:
             + "\n  ".join(shown)
             + f"\nstart Ray on every node with {settings} in its environment, or set stream.allow_spilling: true"
         )
+    return set(alive)
 
 
 def ways_to_disk(system_config: Mapping[str, Any], environment: Mapping[str, str]) -> list[str]:
@@ -85,16 +89,28 @@ def ways_to_disk(system_config: Mapping[str, Any], environment: Mapping[str, str
 
 
 class DiskWatch:
-    """Counts what the object stores have written to disk since this was made."""
+    """Counts what the object stores have written to disk since this was made.
 
-    def __init__(self) -> None:
+    Args:
+        refuse: check every node as well when it is first seen, as `refuse_disk` does.
+    """
+
+    def __init__(self, refuse: bool = False) -> None:
+        self._refuse = refuse
+        self._checked: set[str] = set()
         self._before: dict[str, int] = {}
         self._latest: dict[str, int] = {}
         self.look()
         self._before = dict(self._latest)
 
     def look(self) -> int:
-        """Ask every node; returns bytes, nodes that are gone by now included as they were last seen."""
+        """Ask every node; returns bytes, nodes that are gone by now included as they were last seen.
+
+        Raises:
+            ClusterError: a node that is refused.
+        """
+        if self._refuse:
+            self._checked = refuse_disk(self._checked)
         for node in ray.nodes():
             if not node["Alive"]:
                 continue

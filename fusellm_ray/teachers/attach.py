@@ -46,11 +46,23 @@ def running_cluster() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    ray.init(address=address, log_to_driver=False)
+    join_cluster(address)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def join_cluster(address: str) -> None:
+    """Become a driver of a running cluster.
+
+    Raises:
+        ClusterError: it does not answer, or not to this process.
+    """
+    try:
+        ray.init(address=address, log_to_driver=False)
+    except (ConnectionError, RuntimeError, RayError) as error:
+        raise ClusterError(f"RAY_ADDRESS={address}: there is no cluster to join: {error}") from error
 
 
 def bring_up(

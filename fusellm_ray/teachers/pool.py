@@ -41,6 +41,8 @@ _DRAIN_S = 2 * REFRESH_S
 """How long a replica that is to go answers ranks that have not read the table since."""
 _MAX_FAILED_STARTS = 3
 """In a row, by a teacher of which no replica has ever been up."""
+_MAX_FAILURES = 4
+"""Requests in a row that a replica may fail: an engine that has died fails them all, and a new process heals it."""
 STOP_TIMEOUT_S = 30.0
 """Given to an engine to free its memory before its process is killed."""
 
@@ -59,7 +61,9 @@ class _Member:
     tokens_per_s: float = 0.0
     """Positions answered for between its latest two."""
     counted: Heartbeat | None = None
-    """Up to which its work went into a decision."""
+    """Up to which its work went into a decision ..."""
+    counted_at: float = 0.0
+    """... and when it came."""
     problem: str = ""
 
     def note(self, beat: Heartbeat) -> None:
@@ -124,9 +128,8 @@ class TeacherPool:
             FuseLLMError: the teacher cannot work, whatever is restarted.
         """
         self._waited_s += waited_s
+        self._raise_failure()
         ready = {m.number: m.handle for m in self._members.values() if m.state == "ready"}
-        if self._failure is not None and not ready:
-            raise self._failure
         return HandleTable(self._version, ready)
 
     async def report(self, replica: int, reason: str) -> HandleTable:
@@ -138,8 +141,7 @@ class TeacherPool:
         return await self.table()
 
     async def status(self) -> PoolStatus:
-        if self._failure is not None and not any(m.state != "refused" for m in self._members.values()):
-            raise self._failure
+        self._raise_failure()
         ready = [m for m in self._members.values() if m.state == "ready"]
         resources = self._teacher.resources
         return PoolStatus(
@@ -179,6 +181,11 @@ class TeacherPool:
         self._members.clear()
         self._version += 1
         await asyncio.gather(*(self._end(member) for member in members))
+
+    def _raise_failure(self) -> None:
+        """Say why the teacher cannot work, once there is no replica left that could."""
+        if self._failure is not None and all(m.state == "refused" for m in self._members.values()):
+            raise self._failure
 
     # ------------------------------------------------------------------------------------ tending
 
@@ -281,11 +288,11 @@ class TeacherPool:
 
     async def _look(self, member: _Member) -> None:
         """Ask a ready replica for its heartbeat; out of the table with it if something is wrong."""
-        is_hung = False
+        is_stuck = False
         try:
             beat = await asyncio.wait_for(_await(member.handle.heartbeat.remote()), self._hang_s)
         except TimeoutError:
-            problem, is_hung = f"no heartbeat for {self._hang_s:.0f} s", True
+            problem, is_stuck = f"no heartbeat for {self._hang_s:.0f} s", True
         except RayError as error:
             problem = summary_of(cause_of(error))
         else:
@@ -293,7 +300,9 @@ class TeacherPool:
             if beat.incarnation != member.incarnation:
                 problem = "its process was restarted"
             elif beat.stalled_s > self._hang_s:
-                problem, is_hung = f"holds requests and has answered none for {beat.stalled_s:.0f} s", True
+                problem, is_stuck = f"holds requests and has answered none for {beat.stalled_s:.0f} s", True
+            elif beat.failures >= _MAX_FAILURES:
+                problem, is_stuck = f"failed the last {beat.failures} requests", True
             else:
                 return
         if member.state != "ready":
@@ -304,7 +313,7 @@ class TeacherPool:
         member.state, member.problem = "starting", problem
         self._num_restarts += 1
         self._version += 1
-        if is_hung:
+        if is_stuck:
             ray.kill(member.handle, no_restart=False)
 
     # ------------------------------------------------------------------------------------ scaling
@@ -338,22 +347,22 @@ class TeacherPool:
     def _measure(self, seconds: float) -> Load:
         """The load since the last call."""
         ready = [m for m in self._members.values() if m.state == "ready"]
-        busy_s, positions, queued, looked_at = 0.0, 0, 0, 0
+        busy_s, watched_s, positions, queued = 0.0, 0.0, 0, 0
         for member in ready:
             before, beat = member.counted, member.beat
             if beat is None:
                 continue
             if before is not None and before.incarnation == beat.incarnation:
                 busy_s += beat.engine_s - before.engine_s
+                watched_s += member.beat_at - member.counted_at
                 positions += beat.positions - before.positions
-                looked_at += 1
             queued += beat.queued_tokens
-            member.counted = beat
+            member.counted, member.counted_at = beat, member.beat_at
         waited_s, self._waited_s = self._waited_s, 0.0
         return Load(
             ready=len(ready),
             starting=sum(m.state == "starting" for m in self._members.values()),
-            busy=min(1.0, busy_s / (looked_at * seconds)) if looked_at else 0.0,
+            busy=min(1.0, busy_s / watched_s) if watched_s else 0.0,
             wait=waited_s / seconds,
             queued_tokens=queued,
             tokens_per_s=positions / busy_s if busy_s else 0.0,
@@ -392,7 +401,8 @@ class TeacherPool:
     async def _end(self, member: _Member) -> None:
         try:
             await asyncio.wait_for(
-                _await(member.handle.stop.remote()), STOP_TIMEOUT_S if member.state == "ready" else 1
+                _await(member.handle.stop.remote()),
+                STOP_TIMEOUT_S if member.state in ("ready", "draining") else 1,
             )
         except (RayError, FuseLLMError, TimeoutError) as error:
             logger.info("teacher %s, replica %d: stopped hard (%s)", self._teacher.name, member.number, error)

@@ -87,6 +87,7 @@ class TeacherReplica:
             incarnation=self._incarnation,
             queued_tokens=scorer.queued_tokens,
             stalled_s=scorer.stalled_s,
+            failures=scorer.failures,
             positions=stats.answered,
             engine_s=stats.engine_s,
             cache_hits=stats.cache_hits,

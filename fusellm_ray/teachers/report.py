@@ -41,6 +41,8 @@ class Heartbeat:
     """Target tokens of the requests it has accepted and not answered."""
     stalled_s: float
     """How long requests have been waiting without one being answered."""
+    failures: int
+    """Requests that failed since the last one that was answered."""
     positions: int
     """Target positions answered for, since its process started."""
     engine_s: float

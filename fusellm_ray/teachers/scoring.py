@@ -103,6 +103,8 @@ class TeacherScorer:
         self._in_flight: dict[int, tuple[int, float]] = {}  # request → target tokens, when it came
         self._numbers = itertools.count()
         self._answered_at = time.monotonic()
+        self.failures = 0
+        """Requests that failed since the last one that was answered."""
         self._in_engine = 0
         self._engine_since = 0.0
 
@@ -128,7 +130,11 @@ class TeacherScorer:
             self._stats.requests += 1
             self._stats.frame_bytes += buffer.nbytes
             self._stats.answered += sum(s.num_positions for s in segments)
+            self.failures = 0
             return buffer
+        except Exception:
+            self.failures += 1
+            raise
         finally:
             del self._in_flight[number]
             self._answered_at = time.monotonic()

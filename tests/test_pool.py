@@ -1,0 +1,112 @@
+"""What a pool makes of what its replicas say, without processes."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fusellm_ray.config import AlignmentConfig, ModelConfig, TeacherConfig
+from fusellm_ray.errors import AlignmentError
+from fusellm_ray.teachers import pool as pool_module
+from fusellm_ray.teachers.pool import TeacherPool
+from fusellm_ray.teachers.report import Description, Heartbeat
+
+WELL = Heartbeat(
+    incarnation="0",
+    queued_tokens=0,
+    stalled_s=0.0,
+    failures=0,
+    positions=0,
+    engine_s=0.0,
+    cache_hits=0,
+    cache_misses=0,
+)
+
+
+class Replica:
+    """In place of an actor's handle: `handle.method.remote()` is awaited."""
+
+    def __init__(self) -> None:
+        self.restarts = 0
+        self.failures = 0
+        self.fingerprint = "f"
+        self.is_down = False
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self, f"answer_{name}")
+        return type("Method", (), {"remote": staticmethod(method)})
+
+    async def answer_describe(self) -> Description:
+        while self.is_down:
+            await asyncio.sleep(0.01)
+        return Description("t", self.fingerprint, 10, 10, 64, 4, str(self.restarts), 1, "target")
+
+    async def answer_heartbeat(self) -> Heartbeat:
+        return replace(WELL, incarnation=str(self.restarts), failures=self.failures)
+
+
+@pytest.fixture
+def replicas(monkeypatch: pytest.MonkeyPatch) -> list[Replica]:
+    """Those that pools have spawned; killing one restarts it."""
+    spawned: list[Replica] = []
+
+    def spawn(pool: TeacherPool) -> Replica:
+        spawned.append(Replica())
+        return spawned[-1]
+
+    def kill(replica: Replica, no_restart: bool = True) -> None:
+        replica.restarts += 1
+        replica.failures = 0
+        replica.is_down |= no_restart
+
+    monkeypatch.setattr(TeacherPool, "_spawn", spawn)
+    monkeypatch.setattr(pool_module.ray, "kill", kill)
+    monkeypatch.setattr(pool_module, "_BEAT_S", 0.01)
+    return spawned
+
+
+def make_pool(count: int) -> TeacherPool:
+    teacher = TeacherConfig(name="t", model="m", replicas={"min": count, "max": count})
+    return TeacherPool(teacher, ModelConfig(model="m"), AlignmentConfig(), hang_s=60)
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def test_a_replica_that_fails_every_request_gets_a_new_process(replicas: list[Replica]) -> None:
+    async def run() -> None:
+        pool = make_pool(1)
+        await until(lambda: pool._members[0].state == "ready")
+        replicas[0].failures = 3
+        await asyncio.sleep(0.1)
+        assert replicas[0].restarts == 0
+        replicas[0].failures = 4
+        await until(lambda: replicas[0].restarts == 1)
+        await until(lambda: pool._members[0].state == "ready")
+        assert (await pool.status()).restarts == 1
+
+    asyncio.run(run())
+
+
+def test_a_refused_replica_ends_nothing_while_another_may_come_back(replicas: list[Replica]) -> None:
+    async def run() -> None:
+        pool = make_pool(2)
+        replicas[1].fingerprint = "another"
+        await until(lambda: {m.state for m in pool._members.values()} == {"ready", "refused"})
+        good = next(m for m in pool._members.values() if m.state == "ready")
+        assert list((await pool.table()).handles) == [good.number]
+        good.handle.is_down = True
+        good.handle.failures = 4
+        await until(lambda: good.state == "starting")
+        assert not (await pool.table()).handles
+        good.state = "refused"
+        with pytest.raises(AlignmentError, match="fingerprint another"):
+            await pool.table()
+
+    asyncio.run(run())
