@@ -188,8 +188,8 @@ class TeacherConfig(ModelConfig):
     """Tokens the model reads at once; default: what its config says."""
     cache_bytes: int = Field(default=256 << 20, ge=0)
     """Memory a replica uses for its latest answers, so that the same text asked again (by another run of a sweep,
-    by a resumed run) is not scored again; a token takes about 4 to 6 bytes a candidate. What was scored in another batch
-    may differ in its last bits. 0: none."""
+    by a resumed run) is not scored again; a token takes about 4 to 6 bytes a candidate. Answers from it may differ in
+    their last bits from those to the same text in another batch. 0: none."""
     replicas: Replicas = Replicas()
     resources: Resources = Resources()
 
