@@ -17,8 +17,20 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
+
+# What the provider of `_autoscaling` calls the head and its type.
+_FAKE_HEAD = "f" * 51 + "00000"
+_FAKE_HEAD_TYPE = "ray.head.default"
+_AUTOSCALED = {
+    "RAY_enable_autoscaler_v2": "1",
+    "RAY_FAKE_CLUSTER": "1",
+    "RAY_CLOUD_INSTANCE_ID": _FAKE_HEAD,
+    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _FAKE_HEAD,
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -45,15 +57,19 @@ class Head:
 
 
 @contextlib.contextmanager
-def running_head(num_cpus: int = 4) -> Iterator[Head]:
-    """Start a head, wait for its job service, and end it with all its processes."""
+def running_head(num_cpus: int = 4, scaled_node: dict[str, int] | None = None) -> Iterator[Head]:
+    """Start a head, wait for its job service, and end it with all its processes.
+
+    Args:
+        scaled_node: resources of the nodes that Ray's autoscaler may bring, at most four, each in processes of its own.
+    """
     # Not pytest's folder: sockets lie below it, and their paths may have 107 bytes at most.
     folder = Path(tempfile.mkdtemp(prefix="ray_head_"))
     processes: list[psutil.Process] = []
     try:
         # Ray gives its processes 30 s to come up, which a busy machine may not grant.
         for attempt in range(3):
-            head, process = _start(folder / str(attempt), num_cpus)
+            head, process = _start(folder / str(attempt), num_cpus, scaled_node)
             processes.append(psutil.Process(process.pid))
             if _is_up(head, process):
                 break
@@ -74,7 +90,9 @@ def running_head(num_cpus: int = 4) -> Iterator[Head]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(folder: Path, num_cpus: int) -> tuple[Head, subprocess.Popen[bytes]]:
+def _start(
+    folder: Path, num_cpus: int, scaled_node: dict[str, int] | None
+) -> tuple[Head, subprocess.Popen[bytes]]:
     from fusellm_ray.stream.memory import NO_DISK_ENVIRONMENT
 
     folder.mkdir()
@@ -105,6 +123,12 @@ def _start(folder: Path, num_cpus: int) -> tuple[Head, subprocess.Popen[bytes]]:
         "object-store-memory": 256 << 20,
         "temp-dir": folder,
     }
+    if scaled_node:
+        environment |= _AUTOSCALED
+        options["autoscaling-config"] = folder / "nodes.json"
+        (folder / "nodes.json").write_text(
+            json.dumps(_autoscaling(f"127.0.0.1:{gcs}", num_cpus, scaled_node))
+        )
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
     command += ["--disable-usage-stats", *(f"--{name}={value}" for name, value in options.items())]
     with (folder / "start.log").open("w") as out:
@@ -117,6 +141,33 @@ def _start(folder: Path, num_cpus: int) -> tuple[Head, subprocess.Popen[bytes]]:
         token=token,
     )
     return head, process
+
+
+def _autoscaling(address: str, num_cpus: int, node: dict[str, int]) -> dict[str, Any]:
+    most = 4
+    return {
+        "cluster_name": "processes",
+        "provider": {
+            # Of Ray's own tests; by its name, fake_multinode, it would ask for a file that wheels lack.
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "gcs_address": address,
+            "launch_multiple": True,
+            "disable_node_updaters": True,  # which would install Ray over SSH
+        },
+        "max_workers": most,
+        "idle_timeout_minutes": 0.1,
+        "head_node_type": _FAKE_HEAD_TYPE,
+        "available_node_types": {
+            _FAKE_HEAD_TYPE: {"resources": {"CPU": num_cpus}, "node_config": {}, "max_workers": 0},
+            "node": {"resources": node, "node_config": {}, "max_workers": most},
+        },
+        # Required, though nothing is set up:
+        "cluster_synced_files": [],
+        "setup_commands": [],
+        "head_setup_commands": [],
+        "worker_setup_commands": [],
+    }
 
 
 def _is_up(head: Head, process: subprocess.Popen[bytes]) -> bool:
