@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 
 import pytest
 import torch
@@ -14,13 +13,17 @@ from fusellm_ray.fusion.loss import objective
 from tests.test_loss import DIVERGENCES, TAILS, gradients, make_batch, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-pytest.importorskip("triton")
+with pytest.MonkeyPatch.context() as environment:
+    if DEVICE == "cpu":
+        environment.setenv("TRITON_INTERPRET", "1")  # read when triton and the kernels are imported
+    pytest.importorskip("triton")
+    import fusellm_ray.fusion.kernels  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
 def _kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(passes, "_has_kernels", lambda logits: logits.dtype != torch.float64)
 
 
