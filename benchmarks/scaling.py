@@ -146,7 +146,7 @@ class Bench:
 
     def run(self, teachers: list[TeacherAddress], replicas: int, step_s: float = 0.0) -> tuple[float, float]:
         """(target tokens a second, share of the time spent waiting) of a rank whose step takes `step_s`."""
-        in_flight = 4 * replicas * ROW_TOKENS
+        in_flight = max(StreamConfig().in_flight_tokens, 4 * replicas * ROW_TOKENS)
         stream = TeacherStream(teachers, StreamConfig(in_flight_tokens=in_flight), self._tokenizer.vocab_size)
         reader = ShardReader(self._corpus, self._tokenizer, 0, 1, ROW_TOKENS)
         config = self._config

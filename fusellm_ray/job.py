@@ -27,6 +27,8 @@ from ray._private import ray_constants
 from ray.exceptions import RayError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -44,7 +46,7 @@ from fusellm_ray.stream.memory import NO_DISK_ENVIRONMENT, DiskWatch
 from fusellm_ray.target.checkpoint import explain_changes, export_model
 from fusellm_ray.target.control import RunControl
 from fusellm_ray.target.storage import Checkpoints
-from fusellm_ray.target.task import RaiseLastingErrors, TrainTask, run_rank
+from fusellm_ray.target.task import NoDatasets, RaiseLastingErrors, TrainTask, run_rank
 from fusellm_ray.teachers.attach import attach, join_cluster, running_cluster
 from fusellm_ray.teachers.service import PoolWatch, start_pools, stop_pools, wait_ready
 
@@ -278,6 +280,18 @@ class _Stop:
 # ---------------------------------------------------------------------------------------- training
 
 
+class _Trainer(ray.train.torch.TorchTrainer):
+    """Without two processes of Ray Train's that would idle beside every run."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        unused: tuple[type, ...] = (DatasetsCallback,)
+        if not os.environ.get("RAY_ADDRESS"):
+            # It frees the ranks' places if the controller is killed; a private Ray ends with the run.
+            unused += (PlacementGroupCleanerCallback,)
+        kept = [c for c in super()._create_default_callbacks() if not isinstance(c, unused)]
+        return [*kept, NoDatasets()]
+
+
 def _fit(
     config: Config,
     addresses: tuple[TeacherAddress, ...],
@@ -296,7 +310,7 @@ def _fit(
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.run.start_timeout_s)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     workers = config.trainer.workers
-    trainer = ray.train.torch.TorchTrainer(
+    trainer = _Trainer(
         run_rank,
         train_loop_config={"task": task},
         scaling_config=ScalingConfig(

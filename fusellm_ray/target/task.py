@@ -9,6 +9,7 @@ from typing import Any
 
 import ray.train
 from ray.actor import ActorHandle
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from fusellm_ray.config import Config
 from fusellm_ray.errors import TeacherLostError
@@ -42,3 +43,10 @@ class RaiseLastingErrors(ray.train.UserCallback):
             ours = find_error(error)
             if isinstance(ours, ValueError | TeacherLostError):
                 raise ours
+
+
+class NoDatasets(WorkerGroupCallback):
+    """In place of Ray Data's callback, whose process would idle beside ranks that read their corpus themselves."""
+
+    def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
+        return {"dataset_shard_provider": [None] * len(workers)}
