@@ -33,7 +33,7 @@ from fusellm_ray.config import CorpusConfig, SourceConfig, parse_config
 from fusellm_ray.corpus.rows import ShardReader
 from fusellm_ray.corpus.source import Corpus
 from fusellm_ray.corpus.tokens import ByteTokenizer
-from fusellm_ray.quickstart.zoo import DEFAULT_CACHE, build_zoo
+from fusellm_ray.quickstart.zoo import DEFAULT_CACHE, build_zoo, point_latest
 
 FIRST_STEP = 2
 CLM_WEIGHT = 0.5
@@ -65,7 +65,8 @@ def main() -> None:
         return
     zoo = args.cache.expanduser() / "latest"
     if None in (args.target, args.teacher, args.text):
-        build_zoo(args.cache.expanduser(), on_progress=lambda stage, share, message: None)
+        made = build_zoo(args.cache.expanduser(), on_progress=lambda stage, share, message: None)
+        point_latest(made.folder)
     args.target = args.target or str(zoo / "models" / "target")
     args.teacher = args.teacher or str(zoo / "models" / "python")
     args.text = args.text or str(zoo / "text" / "python.train.jsonl")

@@ -23,7 +23,7 @@ from fusellm_ray.config import Config, parse_config
 from fusellm_ray.job import local_or_running_cluster, run_job
 from fusellm_ray.observe.progress import Display
 from fusellm_ray.quickstart.run import quickstart_config
-from fusellm_ray.quickstart.zoo import DEFAULT_CACHE, build_zoo
+from fusellm_ray.quickstart.zoo import DEFAULT_CACHE, build_zoo, point_latest
 from fusellm_ray.teachers.service import start_pools, stop_pools, wait_ready
 
 FIRST_STEP = 2
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     cache = arguments.cache.expanduser()
-    build_zoo(cache, on_progress=lambda stage, share, message: None)
+    point_latest(build_zoo(cache, on_progress=lambda stage, share, message: None).folder)
     tree = quickstart_config(cache, seed=arguments.seed, steps=arguments.steps).model_dump(mode="json")
     tree["evaluation"]["sources"] = []
     with tempfile.TemporaryDirectory() as storage:

@@ -97,7 +97,7 @@ class Table:
     """Actor in place of a pool: its replicas are always the same."""
 
     def __init__(self, replicas: list[Replica]) -> None:
-        self._table = HandleTable(1, dict(enumerate(replicas)))
+        self._table = HandleTable(dict(enumerate(replicas)))
 
     async def table(self, waited_s: float = 0.0) -> HandleTable:
         return self._table

@@ -314,11 +314,19 @@ def merge(
     seed: int,
 ) -> None:
     """Merge the weights of models that continue one base: what fusing must be better than."""
+    from fusellm_ray.config import ModelConfig
     from fusellm_ray.evaluate.merge import merge_models
 
     if out.exists() and any(out.iterdir()):
         raise click.UsageError(f"{out} is not an empty folder")
-    merge_models(method, models, out, base=base, parameters=dict(parameters), seed=seed)  # type: ignore[arg-type]
+    merge_models(
+        method,  # type: ignore[arg-type]
+        [ModelConfig(model=model) for model in models],
+        out,
+        base=ModelConfig(model=base),
+        parameters=dict(parameters),
+        seed=seed,
+    )
     click.echo(f"wrote {out}")
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fusellm_ray.config import Config, ModelConfig
+from fusellm_ray.config import Config, ModelConfig, TeacherConfig
 from fusellm_ray.corpus.source import Document
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.evaluate.comparison import Comparison
@@ -130,6 +130,7 @@ def _make(study: Study, missing: Sequence[Cell], documents: list[Document], cons
             teachers.keep(waiting)
             scores = _score_trained(study, config, documents)
             _keep(study, cell, scores, time.perf_counter() - started)
+            _drop_checkpoints(study, config)
     return True
 
 
@@ -192,9 +193,9 @@ def _training_only(config: Config) -> Config:
     return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"sources": []})})
 
 
-def _score_model(study: Study, model: str, documents: list[Document]) -> list[DocumentScore]:
+def _score_model(study: Study, model: ModelConfig, documents: list[Document]) -> list[DocumentScore]:
     return evaluate_model(
-        ModelConfig(model=model),
+        model,
         documents,
         row_tokens=study.context or study.config().corpus.row_tokens,
         batch_rows=4,
@@ -215,24 +216,32 @@ def _score_untrained(study: Study, cell: Cell, documents: list[Document]) -> lis
     with _model_folder(study, cell.name) as folder:
         merge_models(
             arm.method,
-            [teacher.model for teacher in teachers],
+            teachers,
             folder,
-            base=base.target.model,
+            base=base.target,
             parameters=arm.parameters,
             seed=cell.seed,
         )
-        return _score_model(study, str(folder), documents)
+        return _score_model(study, _made(study, folder), documents)
 
 
 def _score_trained(study: Study, config: Config, documents: list[Document]) -> list[DocumentScore]:
     with _model_folder(study, config.run.name) as folder:
         shutil.rmtree(folder, ignore_errors=True)
         export_run(config, folder)
-        scores = _score_model(study, str(folder), documents)
+        return _score_model(study, _made(study, folder), documents)
+
+
+def _made(study: Study, folder: Path) -> ModelConfig:
+    """A model that was made from the target, and runs its code."""
+    return ModelConfig(model=str(folder), trust_remote_code=study.config().target.trust_remote_code)
+
+
+def _drop_checkpoints(study: Study, config: Config) -> None:
+    """What is left of the run are its metrics."""
     for checkpoint in (study.folder / "runs" / config.run.name).iterdir():
-        if STEP_FOLDER.fullmatch(checkpoint.name):  # what is left of the run are its metrics
+        if STEP_FOLDER.fullmatch(checkpoint.name):
             shutil.rmtree(checkpoint)
-    return scores
 
 
 @contextlib.contextmanager
@@ -262,16 +271,41 @@ def _cells(study: Study, documents: Sequence[Document]) -> list[Cell]:
 def _content(study: Study, arm: Arm) -> Any:
     """What an arm's scores depend on, seeds and held-out text apart."""
     if arm.kind == "train":
-        tree = study.config(arm).model_dump(
-            mode="json", exclude={"run", "evaluation", "checkpoint", "stream"}
+        config = study.config(arm)
+        tree = config.model_dump(
+            mode="json", exclude={"run", "evaluation", "checkpoint", "stream", "trainer"}
         )
-        for model in (tree["target"], *tree["teachers"]):
-            model["model"] = os.path.realpath(model["model"])  # a folder `latest` points to another one later
+        tree["target"] |= _identity(config.target)
+        tree["teachers"] = [_answers(teacher) for teacher in config.active_teachers]
+        for source in tree["corpus"]["sources"]:
+            if source["path"] is not None:
+                source["path"] = os.path.realpath(source["path"])
+            else:
+                source["dataset"] = _resolved(source["dataset"])
         return tree
     if arm.kind == "model":
-        return os.path.realpath(study.model(arm))
-    teachers = [os.path.realpath(teacher.model) for teacher in study.teachers(arm)]
-    return [arm.kind, arm.method, arm.parameters, os.path.realpath(study.config().target.model), teachers]
+        return _identity(study.model(arm))
+    base, teachers = study.config().target, study.teachers(arm)
+    if arm.kind == "ensemble":
+        return [arm.kind, _identity(base), [_answers(teacher) for teacher in teachers]]
+    return [arm.kind, arm.method, arm.parameters, _identity(base), [_identity(t) for t in teachers]]
+
+
+def _identity(model: ModelConfig) -> dict[str, Any]:
+    """Which model it is, and how much it reads at once."""
+    tree = model.model_dump(include={*ModelConfig.model_fields, "max_context"})
+    return tree | {"model": _resolved(model.model)}
+
+
+def _answers(teacher: TeacherConfig) -> dict[str, Any]:
+    """What a teacher's answers depend on."""
+    tree = teacher.model_dump(mode="json", exclude={"cache_bytes", "replicas", "resources"})
+    return tree | _identity(teacher)
+
+
+def _resolved(place: str) -> str:
+    """A folder `latest` points to another one later; a hub id is no place on this machine."""
+    return os.path.realpath(place) if os.path.isdir(place) else place
 
 
 def _result(study: Study, cell: Cell) -> Path:

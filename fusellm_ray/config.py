@@ -403,8 +403,14 @@ class EvaluationConfig(Frozen):
 
     @field_validator("sources")
     @classmethod
-    def _distinct(cls, sources: list[SourceConfig]) -> list[SourceConfig]:
+    def _distinct_and_alike(cls, sources: list[SourceConfig]) -> list[SourceConfig]:
         _refuse_duplicates("evaluation source", [s.name for s in sources])
+        for source in sources:
+            if source.weight != 1:
+                raise ValueError(
+                    f"evaluation source {source.name!r}: weight={source.weight:g} means nothing for held-out text, "
+                    "of which each source gives max_bytes; leave it out"
+                )
         return sources
 
 

@@ -288,7 +288,8 @@ class _Trainer(ray.train.torch.TorchTrainer):
         if not os.environ.get("RAY_ADDRESS"):
             # It frees the ranks' places if the controller is killed; a private Ray ends with the run.
             unused += (PlacementGroupCleanerCallback,)
-        kept = [c for c in super()._create_default_callbacks() if not isinstance(c, unused)]
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # Ray's annotation is of V1
+        kept = [callback for callback in callbacks if not isinstance(callback, unused)]
         return [*kept, NoDatasets()]
 
 

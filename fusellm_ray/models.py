@@ -38,8 +38,6 @@ class ModelFacts:
     vocab_size: int
     """Rows of the LM head; may exceed the tokenizer's tokens."""
     max_context: int
-    hidden_size: int
-    num_layers: int
     num_parameters: int
 
 
@@ -67,8 +65,6 @@ def model_facts(config: ModelConfig) -> ModelFacts:
         architecture=type(skeleton).__name__,
         vocab_size=text.vocab_size,
         max_context=stated,
-        hidden_size=text.hidden_size,
-        num_layers=text.num_hidden_layers,
         num_parameters=sum(p.numel() for p in skeleton.parameters()),
     )
 

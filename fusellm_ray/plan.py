@@ -19,7 +19,7 @@ from fusellm_ray.corpus.rows import ShardReader
 from fusellm_ray.corpus.source import Corpus
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.errors import ClusterError, ConfigError, CorpusError
-from fusellm_ray.models import ModelFacts, model_facts
+from fusellm_ray.models import ModelFacts, build_on_meta, model_facts
 from fusellm_ray.observe.sinks import require_packages
 from fusellm_ray.perplexity import held_out_documents
 from fusellm_ray.target.quantise import require_bitsandbytes
@@ -29,6 +29,8 @@ SAMPLE_ROWS = 8
 
 _OPTIMISER_BYTES = 16
 """Bytes a trained parameter needs: float32 weight, gradient and two Adam moments."""
+_FROZEN_BYTES = 4
+"""Bytes a frozen one needs: its float32 weight."""
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
@@ -40,7 +42,6 @@ class TeacherPlan:
     facts: ModelFacts | None
     """None for a simulated teacher."""
     replicas: str
-    num_gpus: float
     memory_bytes: int
     wire_bytes_per_token: float
     coverage: float
@@ -60,8 +61,6 @@ class Plan:
     target_memory_bytes: int
     """Weights, gradients and optimiser state of one rank."""
     teachers: tuple[TeacherPlan, ...]
-    num_cpus: float
-    num_gpus: float
     demand: dict[str, float]
     warnings: tuple[str, ...] = field(default=())
 
@@ -85,7 +84,7 @@ def preflight(config: Config) -> dict[str, Any]:
         require_bitsandbytes()
     tokenizer = ByteTokenizer.of_model(config.target, target.vocab_size)
     for i, teacher in enumerate(config.active_teachers):
-        _teacher_tokenizer(i, teacher, tokenizer)
+        _checked_tokenizer(i, teacher, tokenizer)
         if isinstance(teacher.engine, VllmEngine) and not _has_vllm():
             raise ConfigError(
                 f"teachers[{i}] ({teacher.name}): engine.type=vllm, and vllm is not installed; install the gpu or "
@@ -225,9 +224,9 @@ def make_plan(config: Config, *, with_cluster: bool = True) -> Plan:
     warnings = []
     teachers = []
     for i, teacher in enumerate(config.active_teachers):
-        facts, teacher_tokenizer = _teacher_tokenizer(i, teacher, tokenizer)
-        encodings = [teacher_tokenizer.sequence(s.text.decode(), s.ends_document) for s in segments]
-        aligner = Aligner(teacher_tokenizer, tokenizer, config.alignment, teacher.top_k)
+        facts, own_tokenizer = _checked_tokenizer(i, teacher, tokenizer)
+        encodings = [own_tokenizer.sequence(s.text.decode(), s.ends_document) for s in segments]
+        aligner = Aligner(own_tokenizer, tokenizer, config.alignment, teacher.top_k)
         shares = kind_shares(
             [
                 position_kinds(aligner, Sequences(s.text, s.ids, s.ends, e.ids, e.ends))
@@ -250,7 +249,6 @@ def make_plan(config: Config, *, with_cluster: bool = True) -> Plan:
                 name=teacher.name,
                 facts=facts,
                 replicas=f"{teacher.replicas.min}..{teacher.replicas.max}",
-                num_gpus=teacher.resources.num_gpus * teacher.replicas.min,
                 memory_bytes=facts.num_parameters * _DTYPE_BYTES[dtype] if facts else 0,
                 wire_bytes_per_token=teacher.top_k * (id_bytes + 2) + 4 + 1 / 8,
                 coverage=1.0 - shares["none"] - shares["one_hot"],
@@ -261,20 +259,36 @@ def make_plan(config: Config, *, with_cluster: bool = True) -> Plan:
         )
     if config.target.trust_remote_code:
         warnings.append(f"target: runs code that ships with {config.target.model}")
-    needs = demand(config)
     if with_cluster:
         warnings += _compare_with_cluster(config)
     return Plan(
         target=target,
         workers=config.trainer.workers.min,
         tokens_per_step=config.training.batch_rows * config.corpus.row_tokens,
-        target_memory_bytes=target.num_parameters * _OPTIMISER_BYTES // config.trainer.workers.min,
+        target_memory_bytes=_target_memory(config),
         teachers=tuple(teachers),
-        num_cpus=needs.get("CPU", 0.0),
-        num_gpus=needs.get("GPU", 0.0),
-        demand=needs,
+        demand=demand(config),
         warnings=tuple(warnings),
     )
+
+
+def _target_memory(config: Config) -> int:
+    """Bytes of weights, gradients and optimiser state on one rank: sharded, but for weights in 4 bits."""
+    from fusellm_ray.target.model import add_adapters, transformer_blocks
+
+    lora = config.target.lora
+    model = build_on_meta(config.target)
+    in_4_bits: set[Any] = set()
+    if lora is not None:
+        if lora.quantise is not None:  # the blocks' linear layers
+            in_4_bits = {p for block in transformer_blocks(model) for p in block.parameters() if p.dim() == 2}
+        add_adapters(model, lora)
+    sharded = sum(
+        p.numel() * (_OPTIMISER_BYTES if p.requires_grad else _FROZEN_BYTES)
+        for p in model.parameters()
+        if p not in in_4_bits
+    )
+    return sharded // config.trainer.workers.min + sum(p.numel() for p in in_4_bits) // 2
 
 
 def print_plan(plan: Plan) -> None:
@@ -326,7 +340,7 @@ def print_plan(plan: Plan) -> None:
         "asks of the cluster: " + ", ".join(f"{name} {amount:g}" for name, amount in plan.demand.items())
     )
     for warning in plan.warnings:
-        console.print(f"warning: {warning}", style="yellow")
+        console.print(f"warning: {warning}", style="yellow", markup=False)
     console.print("nothing stands against this run", style="green")
 
 
@@ -370,11 +384,16 @@ def _has_vllm() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
-def _teacher_tokenizer(
+def teacher_tokenizer(teacher: TeacherConfig) -> tuple[ModelFacts | None, ByteTokenizer]:
+    """A teacher's facts, None where it is simulated, and its tokenizer."""
+    facts = None if isinstance(teacher.engine, SimulatedEngine) else model_facts(teacher)
+    return facts, ByteTokenizer.of_model(teacher, facts.vocab_size if facts else None)
+
+
+def _checked_tokenizer(
     index: int, teacher: TeacherConfig, target: ByteTokenizer
 ) -> tuple[ModelFacts | None, ByteTokenizer]:
-    facts = None if isinstance(teacher.engine, SimulatedEngine) else model_facts(teacher)
-    tokenizer = ByteTokenizer.of_model(teacher, facts.vocab_size if facts else None)
+    facts, tokenizer = teacher_tokenizer(teacher)
     for name, vocab_size in ((teacher.name, tokenizer.vocab_size), ("the target", target.vocab_size)):
         if teacher.top_k > vocab_size:
             raise ConfigError(

@@ -20,6 +20,7 @@ from fusellm_ray.config import (
     PRESETS,
     Config,
     Frozen,
+    ModelConfig,
     TeacherConfig,
     apply_override,
     parse_config,
@@ -29,7 +30,7 @@ from fusellm_ray.config import (
 )
 from fusellm_ray.errors import ConfigError
 
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9 _.+-]*$"
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9 _.-]*$"
 _METHOD_SECTIONS = ("alignment", "fusion", "objective")
 _FIELDS = {
     "train": {"teachers", "preset", "set"},
@@ -55,7 +56,7 @@ class Arm(Frozen):
     preset: str | None = None
     """A preset's alignment, fusion and objective in place of the base's; its budget and optimiser are not taken."""
     set: dict[str, Any] = Field(default_factory=dict)
-    """Dotted keys of the run's configuration → values."""
+    """Dotted keys of the run's configuration → values; none of run."""
     method: Literal["linear", "slerp", "ties", "dare", "sce"] | None = None
     """kind merge: how."""
     parameters: dict[str, float] = Field(default_factory=dict)
@@ -73,6 +74,12 @@ class Arm(Frozen):
             raise ValueError(f"arm {self.name!r}: give model or teacher, not both")
         if self.kind == "merge" and self.method is None:
             raise ValueError(f"arm {self.name!r}: kind merge needs a method")
+        for key in self.set:
+            if key.split(".")[0] == "run":
+                raise ValueError(
+                    f"arm {self.name!r}: set {key!r} means nothing: the study names and places its runs, and its "
+                    "seeds hold for every arm; leave it out"
+                )
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(
                 f"arm {self.name!r}: preset {self.preset!r} is unknown; known: {', '.join(PRESETS)}"
@@ -151,12 +158,12 @@ class Study(Frozen):
         teachers = self.config().teachers
         return teachers if arm.teachers is None else [t for t in teachers if t.name in arm.teachers]
 
-    def model(self, arm: Arm) -> str:
+    def model(self, arm: Arm) -> ModelConfig:
         """What an arm of kind model is."""
         base = self.config()
         if arm.teacher is not None:
-            return next(t.model for t in base.teachers if t.name == arm.teacher)
-        return arm.model or base.target.model
+            return next(t for t in base.teachers if t.name == arm.teacher)
+        return ModelConfig(model=arm.model) if arm.model else base.target
 
 
 def load_study(path: str | Path, overrides: Iterable[str] = ()) -> Study:

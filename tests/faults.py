@@ -140,4 +140,4 @@ class FaultyPool:
             if handle not in self._replicas:
                 actor = ray.remote(FaultyReplica).options(num_cpus=0)
                 self._replicas[handle] = actor.remote(handle, self._late_s)
-        return HandleTable(table.version, {n: self._replicas[h] for n, h in table.handles.items()})
+        return HandleTable({n: self._replicas[h] for n, h in table.handles.items()})

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mergekit.config import MergeConfiguration
 from transformers import AutoModelForCausalLM
 
 from fusellm_ray.config import ModelConfig, TeacherConfig
@@ -16,7 +17,7 @@ from fusellm_ray.corpus.source import Document
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.errors import ConfigError
 from fusellm_ray.evaluate.ensemble import evaluate_ensemble
-from fusellm_ray.evaluate.merge import merge_models
+from fusellm_ray.evaluate.merge import _recipe, merge_models
 from fusellm_ray.perplexity import evaluate_model
 from tests.runs import model_folder
 
@@ -36,6 +37,10 @@ def models(tmp_path_factory: pytest.TempPathFactory, tokenizer_folders: dict[str
     return {name: str(path) for name, path in made.items()}
 
 
+def config(model: str | Path) -> ModelConfig:
+    return ModelConfig(model=str(model))
+
+
 def teacher(model: str, **settings: object) -> TeacherConfig:
     return TeacherConfig.model_validate({"name": Path(model).name, "model": model, "top_k": 8, **settings})
 
@@ -47,8 +52,8 @@ def test_an_ensemble_of_one_pays_what_its_teacher_pays_alone(
 ):
     """Through another tokenizer too: gold nats telescope, up to what is outside the top k at straddled tokens."""
     target = ByteTokenizer.load(models["base"])
-    config = teacher(models[name], top_k=400 if name == "other" else 8)
-    together = evaluate_ensemble([config], target, DOCUMENTS, row_tokens=row_tokens)
+    member = teacher(models[name], top_k=400 if name == "other" else 8)
+    together = evaluate_ensemble([member], target, DOCUMENTS, row_tokens=row_tokens)
     alone = evaluate_model(ModelConfig(model=models[name]), DOCUMENTS, row_tokens=row_tokens)
     for ensemble, single in zip(together, alone, strict=True):
         if name == "one":
@@ -56,6 +61,13 @@ def test_an_ensemble_of_one_pays_what_its_teacher_pays_alone(
             assert (ensemble.bytes, ensemble.tokens) == (single.bytes, single.tokens)
         elif single.bytes == ensemble.bytes:
             assert ensemble.nats == pytest.approx(single.nats, rel=0.02, abs=0.05)
+
+
+def test_an_ensemble_leaves_torch_the_threads_it_had(models: dict[str, str]):
+    threads = torch.get_num_threads()
+    member = teacher(models["one"], engine={"type": "transformers", "threads": threads + 1})
+    evaluate_ensemble([member], ByteTokenizer.load(models["base"]), DOCUMENTS[1:2])
+    assert torch.get_num_threads() == threads
 
 
 def test_an_ensemble_pays_for_the_mean_of_its_teachers_probabilities(models: dict[str, str]):
@@ -103,7 +115,9 @@ def reference(method: str, base: torch.Tensor, models: list[torch.Tensor]) -> to
 @pytest.mark.parametrize("method", ["linear", "slerp", "ties", "sce"])
 def test_a_merge_is_what_its_paper_says(models: dict[str, str], tmp_path: Path, method: str):
     names = ["one", "two"] if method == "slerp" else ["one", "two", "three"]
-    out = merge_models(method, [models[n] for n in names], tmp_path / "out", base=models["base"])  # type: ignore[arg-type]
+    out = merge_models(
+        method, [config(models[n]) for n in names], tmp_path / "out", base=config(models["base"])
+    )  # type: ignore[arg-type]
     base, got, sources = weights(models["base"]), weights(out), [weights(models[n]) for n in names]
     for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"):
         expected = reference(method, base[name], [s[name] for s in sources])
@@ -114,10 +128,11 @@ def test_a_merge_is_what_its_paper_says(models: dict[str, str], tmp_path: Path, 
 
 def test_dare_keeps_or_rescales_each_delta_and_is_drawn_from_the_seed(models: dict[str, str], tmp_path: Path):
     twin = shutil.copytree(models["one"], tmp_path / "twin")
+    base = config(models["base"])
 
     def merged(seed: int) -> np.ndarray:
         out = merge_models(
-            "dare", [models["one"], str(twin)], tmp_path / "out", base=models["base"], seed=seed
+            "dare", [config(models["one"]), config(twin)], tmp_path / "out", base=base, seed=seed
         )
         return weights(out)[name].numpy()
 
@@ -138,13 +153,24 @@ def test_dare_keeps_or_rescales_each_delta_and_is_drawn_from_the_seed(models: di
 def test_models_that_do_not_correspond_are_refused(
     models: dict[str, str], tmp_path: Path, tokenizer_folders: dict[str, Path]
 ):
+    base, one, two, other = (config(models[name]) for name in ("base", "one", "two", "other"))
     with pytest.raises(ConfigError, match="differ in architecture"):
-        merge_models("linear", [models["one"], models["other"]], tmp_path / "out", base=models["base"])
+        merge_models("linear", [one, other], tmp_path / "out", base=base)
     with pytest.raises(ConfigError, match="1 model"):
-        merge_models("linear", [models["one"]], tmp_path / "out", base=models["base"])
+        merge_models("linear", [one], tmp_path / "out", base=base)
     stranger = tmp_path / "stranger"
     shutil.copytree(models["one"], stranger)
     for file in tokenizer_folders["metaspace"].iterdir():
         shutil.copy(file, stranger / file.name)
     with pytest.raises(ConfigError, match="different tokenizers"):
-        merge_models("linear", [models["two"], str(stranger)], tmp_path / "out", base=models["base"])
+        merge_models("linear", [two, config(stranger)], tmp_path / "out", base=base)
+
+
+def test_a_merge_takes_the_revisions_it_was_told():
+    models = [ModelConfig(model="org/model", revision=revision) for revision in ("first", "second")]
+    recipe = MergeConfiguration.model_validate(_recipe("ties", models, ModelConfig(model="org/base"), {}))
+    assert {str(model) for model in recipe.referenced_models()} == {
+        "org/model@first",
+        "org/model@second",
+        "org/base",
+    }

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from fusellm_ray.compare import _by_teachers, run_comparison
+from fusellm_ray import compare
+from fusellm_ray.compare import _by_teachers, _cells, run_comparison
 from fusellm_ray.evaluate.models import evaluate_models
 from fusellm_ray.study import Study, parse_study
 from tests.runs import build_run, model_folder
@@ -99,3 +103,93 @@ def test_runs_with_the_same_teachers_follow_each_other(tmp_path: Path, tokenizer
     study = tiny_study(tmp_path, tokenizer_folders, arms=arms)
     configs = [study.config(arm, run=arm.name) for arm in study.arms]
     assert [config.run.name for config in _by_teachers(configs)] == ["a", "b", "clm", "dtw", "kd"]
+
+
+# ------------------------------------------------------------------------------------ what a result is of
+
+HUB: dict[str, Any] = {
+    "name": "hub",
+    "against": "clm",
+    "base": {
+        "target": {"model": "org/target"},
+        "teachers": [{"name": "a", "model": "org/a"}, {"name": "b", "model": "org/b"}],
+        "corpus": {"sources": [{"name": "x", "path": "/nowhere/x.jsonl"}]},
+        "training": {"steps": 10},
+        "evaluation": {"sources": [{"name": "x", "path": "/nowhere/y.jsonl"}]},
+    },
+    "arms": [
+        {"name": "untouched", "kind": "model"},
+        {"name": "a alone", "kind": "model", "teacher": "a"},
+        {"name": "home", "kind": "model", "model": "~/model"},
+        {"name": "ensemble", "kind": "ensemble"},
+        {"name": "merge", "kind": "merge", "method": "linear"},
+        {"name": "clm", "set": {"fusion.rule": "none"}},
+        {"name": "fused"},
+    ],
+}
+
+
+def names(**sections: Any) -> dict[str, str]:
+    """Arm → the name of its result, with sections of the base changed."""
+    tree = copy.deepcopy(HUB)
+    tree["base"] |= sections
+    return {cell.arm.name: cell.name for cell in _cells(parse_study(tree), [])}
+
+
+def changed(**sections: Any) -> set[str]:
+    before, after = names(), names(**sections)
+    return {arm for arm in before if before[arm] != after[arm]}
+
+
+def test_a_result_belongs_to_a_revision():
+    assert changed(target={"model": "org/target", "revision": "v2"}) == {
+        "untouched",
+        "ensemble",
+        "merge",
+        "clm",
+        "fused",
+    }
+    teachers = copy.deepcopy(HUB["base"]["teachers"])
+    teachers[0]["revision"] = "v2"
+    assert changed(teachers=teachers) == {"a alone", "ensemble", "merge", "fused"}
+
+
+def test_a_result_stays_where_only_speed_and_place_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    teachers = copy.deepcopy(HUB["base"]["teachers"])
+    teachers[0] |= {"cache_bytes": 0, "replicas": {"max": 3}, "resources": {"num_cpus": 0.5}}
+    assert not changed(teachers=teachers)
+    assert not changed(trainer={"workers": 2, "max_failures": 0, "threads": 3})
+    before = names()
+    monkeypatch.chdir(tmp_path)
+    assert names() == before
+
+
+def test_a_result_belongs_to_what_latest_points_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    sources = [{"name": "x", "path": str(tmp_path / "latest" / "x.jsonl")}]
+    for version in ("one", "two"):
+        (tmp_path / version).mkdir()
+    (tmp_path / "latest").symlink_to("one")
+    (tmp_path / "model").symlink_to("one")
+    before = names(corpus={"sources": sources})
+    for link in ("latest", "model"):
+        (tmp_path / link).unlink()
+        (tmp_path / link).symlink_to("two")
+    after = names(corpus={"sources": sources})
+    assert {arm for arm in before if before[arm] != after[arm]} == {"home", "clm", "fused"}
+
+
+def test_checkpoints_stay_until_their_scores_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    study = parse_study(HUB | {"storage": str(tmp_path)})
+    (cell,) = (cell for cell in _cells(study, []) if cell.arm.name == "clm")
+    checkpoint = study.folder / "runs" / cell.name / "step_00000010"
+    checkpoint.mkdir(parents=True)
+    kept: list[bool] = []
+    monkeypatch.setattr(compare, "local_or_running_cluster", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(compare, "run_job", lambda *_, **__: SimpleNamespace(is_finished=True))
+    monkeypatch.setattr(compare, "export_run", lambda _, folder: folder.mkdir(parents=True))
+    monkeypatch.setattr(compare, "evaluate_model", lambda *_, **__: [])
+    monkeypatch.setattr(compare, "_keep", lambda *_: kept.append(checkpoint.is_dir()))
+    assert compare._make(study, [cell], [], compare.Console(quiet=True))
+    assert kept == [True]
+    assert not checkpoint.exists()

@@ -72,6 +72,11 @@ def test_what_goes_by_evaluations_during_training_needs_them():
     parse_config(tree | {"evaluation": evaluation | {"every_steps": 1}})
 
 
+def test_held_out_text_has_no_weight():
+    sources = [{"name": "x", "path": "x.jsonl", "weight": 2}]
+    assert "weight=2 means nothing" in refused(minimal() | {"evaluation": {"sources": sources}})
+
+
 def test_elastic_workers_need_a_resource_that_teachers_do_not_take():
     elastic = {"workers": {"min": 1, "max": 4}, "resources_per_worker": {"CPU": 1}}
     assert "asks for no custom resource" in refused(minimal() | {"trainer": elastic})

@@ -54,7 +54,12 @@ def test_experts_continue_the_base_and_are_ahead_of_it_in_their_own_domain(made:
         after = by_domain(evaluate_model(ModelConfig(model=expert), documents))
         assert after[domain].bits_per_byte < before[domain].bits_per_byte - 0.1
     experts = [str(made.expert(domain)) for domain in DOMAINS]
-    merged = merge_models("linear", experts, tmp_path / "merged", base=str(made.base))
+    merged = merge_models(
+        "linear",
+        [ModelConfig(model=expert) for expert in experts],
+        tmp_path / "merged",
+        base=ModelConfig(model=str(made.base)),
+    )
     assert AutoModelForCausalLM.from_pretrained(merged).num_parameters() > 0
 
 

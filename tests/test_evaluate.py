@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from fusellm_ray.alignment.project import Aligner
-from fusellm_ray.config import AlignmentConfig
+from fusellm_ray.config import AlignmentConfig, TeacherConfig
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.errors import ConfigError, CorpusError
+from fusellm_ray.evaluate import models as evaluate_module
 from fusellm_ray.evaluate.alignment import picture, sequences_of, show_alignment
+from fusellm_ray.evaluate.ensemble import evaluate_ensemble
 from fusellm_ray.evaluate.models import evaluate_models
+from fusellm_ray.evaluate.table import Grid
+from fusellm_ray.perplexity import DocumentScore
 from tests.runs import model_folder
 
 TEXT = "def area(width, height):\n\treturn width * height  # café, 今天 😀\n\nThe strength of the naïve method.\n"
@@ -72,6 +78,42 @@ def test_corpora_must_be_named_and_named_once(models: dict[str, Path], tmp_path:
         evaluate_models([str(models["a"])], [str(tmp_path / "x.txt")])
     with pytest.raises(ConfigError, match="two corpora are named 'x'"):
         evaluate_models([str(models["a"])], [f"x={tmp_path / 'x.txt'}"] * 2)
+    with pytest.raises(ConfigError, match=r"--corpus 'my text=.*\n  name: String should match"):
+        evaluate_models([str(models["a"])], [f"my text={tmp_path / 'x.txt'}"])
+
+
+def test_threads_and_dtype_hold_for_ensembles_too(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "x.txt").write_text(TEXT)
+    asked: list[TeacherConfig] = []
+
+    def ensemble(teachers: list[TeacherConfig], *args: Any, **options: Any) -> list[DocumentScore]:
+        asked.extend(teachers)
+        return evaluate_ensemble(teachers, *args, **options)
+
+    monkeypatch.setattr(evaluate_module, "evaluate_ensemble", ensemble)
+    name, threads = str(models["a"]), torch.get_num_threads()
+    try:
+        evaluate_models(
+            [name],
+            [f"x={tmp_path / 'x.txt'}"],
+            threads=threads + 1,
+            dtype="bfloat16",
+            ensembles=[f"{name},{name}"],
+            num_resamples=10,
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert [t.engine.model_dump(include={"dtype", "threads"}) for t in asked] == [
+        {"dtype": "bfloat16", "threads": threads + 1}
+    ] * 2
+
+
+def test_a_grid_prints_brackets_as_they_are(capsys: pytest.CaptureFixture[str]):
+    Grid("[/title]", ["model", "[x]"], [["models/[a]", "[/b]"]], frozenset({(0, 1)})).print()
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("[/title]", "[x]", "models/[a]", "[/b]"))
 
 
 def test_align_measures_with_the_model_and_writes_what_it_prints(

@@ -288,13 +288,6 @@ def test_advantage_is_the_targets_nats_minus_the_teachers_over_what_the_teacher_
         assert size[k, s].item() == sum(int(batch["gold_bytes"][i]) for i in here)
 
 
-def test_cat_pads_candidates_and_keeps_order():
-    parts = [make_teacher(0, 2), Candidates.missing(3), make_teacher(1, 5)]
-    whole = Candidates.cat(parts)
-    assert whole.top_k == 5
-    torch.testing.assert_close(dense(whole), torch.cat([dense(part) for part in parts]))
-
-
 def test_moving_fused_distributions_keeps_the_weights():
     fused = fuse_batch([make_teacher(0), make_teacher(1)], FusionConfig(rule="mean"))
     moved = fused.to("cpu", non_blocking=True)

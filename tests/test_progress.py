@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from fusellm_ray.observe.progress import make_display
+from fusellm_ray.observe.progress import _Bars, make_display
 
 STEP = {
     "event": "step",
@@ -27,6 +27,15 @@ def test_a_log_has_one_line_a_step_with_the_figures_that_matter(capsys: pytest.C
     step, note = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"\d\d:\d\d:\d\d step 3/10  loss 2\.5000  grad 1\.00  wait 5%  wins left 75%", step)
     assert note.endswith("a note")
+
+
+def test_a_terminal_shows_brackets_as_they_are(capsys: pytest.CaptureFixture[str]):
+    display = _Bars("training")
+    display.note("[enforce fail at alloc_cpu.cpp] [/x]")
+    display.teachers({"left": "starts again: [/y]"})
+    note, teachers = capsys.readouterr().err.splitlines()
+    assert note == "[enforce fail at alloc_cpu.cpp] [/x]"
+    assert teachers == "teachers: left starts again: [/y]"
 
 
 def test_structured_lines_are_objects_that_say_their_role_and_run(capsys: pytest.CaptureFixture[str]):

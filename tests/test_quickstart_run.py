@@ -11,10 +11,28 @@ import pytest
 from click.testing import CliRunner
 
 from fusellm_ray.cli import main
+from fusellm_ray.config import parse_config
 from fusellm_ray.quickstart import run
+from fusellm_ray.quickstart.run import quickstart_config
 from fusellm_ray.quickstart.text import DOMAINS
 from fusellm_ray.quickstart.zoo import Plan, Zoo, build_zoo
+from fusellm_ray.report.write import SCORES_FILE
 from tests.test_quickstart_zoo import small, small_plan
+
+
+def test_arms_are_forgotten_only_once_there_is_a_table(tmp_path: Path) -> None:
+    base = quickstart_config(tmp_path, steps=2).model_dump(mode="json")
+    base["run"]["storage"] = str(tmp_path)
+    runs = {arm: parse_config(base | {"run": base["run"] | {"name": arm}}) for arm in run.ARMS}
+    for arm in runs:
+        checkpoint = tmp_path / arm / "step_00000002"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "state.json").write_text(json.dumps({"step": 2, "files": {}}))
+    run._forget_finished(runs)
+    assert all((tmp_path / arm).is_dir() for arm in runs)
+    (tmp_path / "fused" / SCORES_FILE).write_text("{}")
+    run._forget_finished(runs)
+    assert not any((tmp_path / arm).exists() for arm in runs)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from rich.console import Console
 from fusellm_ray.errors import ConfigError
 from fusellm_ray.observe.records import History, RecordLog, read_records
 from fusellm_ray.observe.status import duration, render, state_of
+from fusellm_ray.teachers.attach import print_statuses
 from fusellm_ray.teachers.report import PoolStatus
 from fusellm_ray.teachers.service import PoolWatch
 
@@ -43,6 +45,15 @@ def test_a_log_opened_again_goes_on_and_reads_back_in_a_folder_and_under_a_uri(t
             log.write(step(number))
     assert [r["step"] for r in read_records(folder)] == [1, 2]
     assert all(r["time"] > 0 for r in read_records(folder))
+
+
+def test_a_store_out_of_reach_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def unreachable(uri: str) -> None:
+        raise OSError("no answer")
+
+    with RecordLog(f"file://{tmp_path}") as log:
+        monkeypatch.setattr("pyarrow.fs.FileSystem", SimpleNamespace(from_uri=unreachable))
+        log.write(step(1))
 
 
 def test_a_line_that_is_being_written_is_not_read_yet(tmp_path: Path):
@@ -180,3 +191,8 @@ def test_a_pool_that_died_is_reported_and_the_others_are_still_asked(ray_session
     assert watch.poll() is None
     for pool in pools.values():
         ray.kill(pool)
+
+
+def test_the_table_of_teachers_shows_brackets_as_they_are(capsys: pytest.CaptureFixture[str]):
+    print_statuses({"left": "[/x]"})
+    assert "[/x]" in capsys.readouterr().out

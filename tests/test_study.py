@@ -65,6 +65,22 @@ def test_an_arm_changes_what_it_names_and_nothing_else():
     assert (config.training, config.corpus, config.target) == (base.training, base.corpus, base.target)
 
 
+def test_an_arm_without_training_is_the_very_model_that_training_starts_from():
+    base = copy.deepcopy(TREE["base"])
+    base["target"] |= {"revision": "v1", "trust_remote_code": True}
+    base["teachers"][0]["revision"] = "v2"
+    arms = [
+        {"name": "untouched", "kind": "model"},
+        {"name": "a alone", "kind": "model", "teacher": "a"},
+        {"name": "other", "kind": "model", "model": "~/other"},
+    ]
+    s = study(*arms, base=base)
+    untouched, teacher, other = (s.model(arm) for arm in s.arms[-3:])
+    assert (untouched.model, untouched.revision, untouched.trust_remote_code) == ("target", "v1", True)
+    assert (teacher.model, teacher.revision) == ("A", "v2")
+    assert other.model == str(Path.home() / "other")
+
+
 def test_a_preset_replaces_the_method_and_leaves_the_budget():
     s = study({"name": "paper", "preset": "paper"})
     config = s.config(s.arms[-1])
@@ -90,6 +106,8 @@ def test_a_preset_replaces_the_method_and_leaves_the_budget():
         ({"name": "x", "kind": "ensemble", "teachers": ["a"]}, "needs two teachers"),
         ({"name": "x", "preset": "papr"}, "preset 'papr' is unknown"),
         ({"name": "x", "knd": "merge"}, "did you mean 'kind'"),
+        ({"name": "x", "set": {"run.seed": 3}}, "'run.seed' means nothing"),
+        ({"name": "a+b"}, "should match pattern"),
     ],
 )
 def test_a_study_that_cannot_be_compared_is_refused(arm: dict[str, Any], says: str):

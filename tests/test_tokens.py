@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import functools
 import json
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -315,14 +314,6 @@ def test_without_bos_and_eos_a_sequence_is_the_encoding() -> None:
     assert tokenizer.bos_id is None
     assert tokenizer.eos_id is None
     assert tokenizer.sequence("aa", ends_document=True).ids.tolist() == [0, 0]
-
-
-def test_a_pickled_tokenizer_is_the_same(tokenizer_folders: dict[str, Path]) -> None:
-    tokenizer = load(tokenizer_folders["unigram"])
-    copy = pickle.loads(pickle.dumps(tokenizer))
-    assert copy.fingerprint == tokenizer.fingerprint
-    assert copy.token_bytes == tokenizer.token_bytes
-    assert copy.encode("<s>é").ids.tolist() == tokenizer.encode("<s>é").ids.tolist()
 
 
 def test_the_fingerprint_tells_tokenizers_apart(tokenizer_folders: dict[str, Path]) -> None:

@@ -244,8 +244,6 @@ class StreamSource:
     Each shard reads the whole stream and takes its documents from it; a resume reads again what it skips.
     """
 
-    num_documents = num_empty = num_bytes = None
-
     def __init__(self, config: SourceConfig) -> None:
         self.name, self.weight = config.name, config.weight
         self._config = config

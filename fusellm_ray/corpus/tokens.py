@@ -145,9 +145,6 @@ class ByteTokenizer:
             vocab_size=vocab_size,
         )
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ByteTokenizer, (self.hf, self.name, self.vocab_size)
-
     def encode(self, text: str) -> Encoding:
         """Encode one text, without BOS or EOS.
 

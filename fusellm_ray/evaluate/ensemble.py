@@ -53,6 +53,7 @@ def evaluate_ensemble(
     documents = list(documents)
     sequences = [target.sequence(document.text, ends_document=False) for document in documents]
     golds: list[list[NDArray[np.float32]]] = [[] for _ in documents]
+    threads = torch.get_num_threads()
     for teacher in teachers:
         engine = make_engine(teacher)
         tokenizer = ByteTokenizer.of_model(teacher, engine.vocab_size)
@@ -60,6 +61,7 @@ def evaluate_ensemble(
         own = [tokenizer.sequence(document.text, ends_document=False) for document in documents]
         limit = min(row_tokens, engine.max_context)
         scores = asyncio.run(_score(engine, [tokens.ids for tokens in own], limit, teacher.top_k))
+        torch.set_num_threads(threads)  # an engine sets its own
         for known, document, sequence, tokens, rows in zip(
             golds, documents, sequences, own, scores, strict=True
         ):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from fusellm_ray.config import ModelConfig
 from fusellm_ray.corpus.tokens import ByteTokenizer
@@ -18,15 +18,13 @@ from fusellm_ray.models import build_on_meta
 
 MergeMethod = Literal["linear", "slerp", "ties", "dare", "sce"]
 
-MERGE_METHODS = get_args(MergeMethod)
-
 
 def merge_models(
     method: MergeMethod,
-    models: Sequence[str],
+    models: Sequence[ModelConfig],
     out: Path,
     *,
-    base: str,
+    base: ModelConfig,
     parameters: Mapping[str, float] | None = None,
     seed: int = 0,
 ) -> Path:
@@ -39,7 +37,7 @@ def merge_models(
     sce      select by variance, weigh by energy, erase the minority sign (FuseChat, arXiv 2408.07990)
 
     Args:
-        models: two or more folders or hub ids.
+        models: two or more.
         out: is replaced if it is there.
         base: where the models came from; only its tokenizer counts under linear and slerp.
         parameters: mergekit's own names; over the defaults weight 1 (dare: 1/n), density 0.5, t 0.5.
@@ -60,28 +58,33 @@ def merge_models(
             f"weight merging needs mergekit, which cannot be imported ({error}): "
             "pip install 'fusellm-ray[merge]'"
         ) from error
-    base, *models = (ModelConfig(model=model).model for model in (base, *models))
     _check_correspondence([base, *models])
     recipe = MergeConfiguration.model_validate(_recipe(method, models, base, dict(parameters or {})))
     shutil.rmtree(out, ignore_errors=True)
-    options = MergeOptions(quiet=True, write_model_card=False, random_seed=seed)
+    options = MergeOptions(
+        quiet=True,
+        write_model_card=False,
+        random_seed=seed,
+        trust_remote_code=any(model.trust_remote_code for model in (base, *models)),
+    )
     try:
         run_merge(recipe, str(out), options)
     except Exception as error:  # mergekit raises whatever it met
-        raise ModelError(f"merge {method} of {', '.join(models)}: mergekit failed: {error}") from error
+        names = ", ".join(model.model for model in models)
+        raise ModelError(f"merge {method} of {names}: mergekit failed: {error}") from error
     return out
 
 
 def _recipe(
-    method: MergeMethod, models: Sequence[str], base: str, parameters: dict[str, float]
+    method: MergeMethod, models: Sequence[ModelConfig], base: ModelConfig, parameters: dict[str, float]
 ) -> dict[str, Any]:
     """mergekit's configuration, as a tree."""
-    entries: list[dict[str, Any]] = [{"model": model} for model in models]
+    entries: list[dict[str, Any]] = [{"model": _reference(model)} for model in models]
     if method == "slerp" and len(models) == 2:
         shared = {"t": parameters.pop("t", 0.5)}
         return {
             "merge_method": "slerp",
-            "base_model": models[0],
+            "base_model": _reference(models[0]),
             "models": entries,
             "parameters": shared | parameters,
         }
@@ -95,28 +98,32 @@ def _recipe(
         "parameters": parameters,
     }
     if method in ("ties", "dare", "sce"):
-        recipe["base_model"] = base
+        recipe["base_model"] = _reference(base)
     return recipe
 
 
-def _check_correspondence(models: Sequence[str]) -> None:
+def _reference(model: ModelConfig) -> dict[str, Any]:
+    """A model as mergekit names it."""
+    return {"model": {"path": model.model, "revision": model.revision}}
+
+
+def _check_correspondence(models: Sequence[ModelConfig]) -> None:
     """Every weight must have its like in every model, and every row of an embedding mean the same token."""
-    first, *others = ({n: tuple(t.shape) for n, t in _weights(model).items()} for model in models)
-    tokens = [ByteTokenizer.load(model).fingerprint for model in models]
-    for model, shapes, fingerprint in zip(models[1:], others, tokens[1:], strict=True):
+    first, *others = (
+        {name: tuple(t.shape) for name, t in build_on_meta(model).state_dict().items()} for model in models
+    )
+    tokens = [ByteTokenizer.of_model(model).fingerprint for model in models]
+    names = [model.model for model in models]
+    for model, shapes, fingerprint in zip(names[1:], others, tokens[1:], strict=True):
         differing = sorted(set(first.items()) ^ set(shapes.items()))
         if differing:
             name, shape = differing[0]
             raise ConfigError(
-                f"merge: {model} and {models[0]} differ in architecture ({name} {list(shape)} is in one only); "
+                f"merge: {model} and {names[0]} differ in architecture ({name} {list(shape)} is in one only); "
                 "weights can be merged where all models continue one base"
             )
         if fingerprint != tokens[0]:
             raise ConfigError(
-                f"merge: {model} and {models[0]} have different tokenizers, so the rows of their embeddings do "
+                f"merge: {model} and {names[0]} have different tokenizers, so the rows of their embeddings do "
                 "not correspond; weights can be merged where all models continue one base"
             )
-
-
-def _weights(model: str) -> dict[str, Any]:
-    return build_on_meta(ModelConfig(model=model)).state_dict()

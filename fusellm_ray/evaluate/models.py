@@ -11,7 +11,14 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from fusellm_ray.config import ModelConfig, Resources, SourceConfig, TeacherConfig, TransformersEngine
+from fusellm_ray.config import (
+    ModelConfig,
+    Resources,
+    SourceConfig,
+    TeacherConfig,
+    TransformersEngine,
+    validated,
+)
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.errors import ConfigError
 from fusellm_ray.evaluate.bootstrap import LEVEL, NUM_RESAMPLES, PairedBootstrap
@@ -62,12 +69,12 @@ def evaluate_models(
             no model.
     """
     models = list(dict.fromkeys(models))
-    teams = {f"ensemble {names}": _teachers(names) for names in ensembles}
+    if threads is not None:
+        torch.set_num_threads(threads)
+    teams = {f"ensemble {names}": _teachers(names, dtype) for names in ensembles}
     against = against or models[0]
     if against not in (*models, *teams):
         raise ConfigError(f"--against {against!r} is none of the models: {', '.join((*models, *teams))}")
-    if threads is not None:
-        torch.set_num_threads(threads)
     if not corpora and not tasks:
         raise ConfigError("nothing to evaluate on: give --corpus NAME=PATH, --tasks NAME,…, or both")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -125,9 +132,9 @@ def _text_report(
     return grids, report
 
 
-def _teachers(names: str) -> list[TeacherConfig]:
+def _teachers(names: str, dtype: str) -> list[TeacherConfig]:
     """The members of an ensemble. k only decides how finely a token is split where tokenizers differ."""
-    engine = TransformersEngine(threads=torch.get_num_threads())
+    engine = TransformersEngine.model_validate({"dtype": dtype, "threads": torch.get_num_threads()})
     gpus = Resources(num_gpus=float(torch.cuda.is_available()))
     return [
         TeacherConfig(name=f"member{i}", model=model, engine=engine, resources=gpus, top_k=ENSEMBLE_TOP_K)
@@ -141,4 +148,4 @@ def _source(corpus: str, corpora: Sequence[str], field: str) -> SourceConfig:
         raise ConfigError(f"--corpus {corpus!r}: expected NAME=PATH, for instance prose=heldout.jsonl")
     if sum(other.startswith(f"{name}=") for other in corpora) > 1:
         raise ConfigError(f"--corpus: two corpora are named {name!r}; give each its own name")
-    return SourceConfig(name=name, path=path, field=field)
+    return validated(SourceConfig, {"name": name, "path": path, "field": field}, f"--corpus {corpus!r}")

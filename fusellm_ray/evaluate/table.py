@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fusellm_ray.evaluate.bootstrap import LEVEL, MEAN, Interval
@@ -31,11 +32,12 @@ class Grid:
     """(row, column) of what stands out."""
 
     def print(self) -> None:
-        table = Table(title=self.title, title_justify="left")
+        table = Table(title=escape(self.title), title_justify="left")
         for number, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if number else "left")
+            table.add_column(escape(column), justify="right" if number else "left")
         for i, row in enumerate(self.rows):
-            table.add_row(*(f"[bold]{c}[/bold]" if (i, j) in self.bold else c for j, c in enumerate(row)))
+            cells = [escape(cell) for cell in row]
+            table.add_row(*(f"[bold]{c}[/bold]" if (i, j) in self.bold else c for j, c in enumerate(cells)))
         Console().print(table)
 
     def markdown(self) -> str:

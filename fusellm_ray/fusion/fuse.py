@@ -73,18 +73,6 @@ class Candidates:
             valid=torch.zeros(num_positions, dtype=torch.bool, device=device),
         )
 
-    @classmethod
-    def cat(cls, parts: Sequence[Candidates]) -> Candidates:
-        """One batch out of several, positions in order; k becomes the largest of theirs."""
-        top_k = max(part.top_k for part in parts)
-        return cls(
-            ids=torch.cat([_pad(part.ids, top_k, 0) for part in parts]),
-            logprobs=torch.cat([_pad(part.logprobs, top_k, -torch.inf) for part in parts]),
-            gold=torch.cat([part.gold for part in parts]),
-            residual=torch.cat([part.residual for part in parts]),
-            valid=torch.cat([part.valid for part in parts]),
-        )
-
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         tensors = (getattr(self, field.name) for field in fields(self))
         return type(self)(*(tensor.to(device, non_blocking=non_blocking) for tensor in tensors))
@@ -302,10 +290,6 @@ def _mix(teachers: Sequence[Candidates], weights: Tensor) -> Fused:
     assert isinstance(gold, Tensor)
     assert isinstance(residual, Tensor)
     return Fused(ids, mass.log(), gold.log(), residual.log(), weights.sum(0) > 0, weights)
-
-
-def _pad(values: Tensor, top_k: int, value: float) -> Tensor:
-    return F.pad(values, (0, top_k - values.shape[1]), value=value)
 
 
 def _check(

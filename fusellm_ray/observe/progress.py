@@ -131,10 +131,11 @@ class _Bars(Display):
             self._progress.stop()
 
     def note(self, text: str) -> None:
-        self._console.print(text)
+        self._console.print(text, markup=False)
 
     def teachers(self, states: dict[str, str]) -> None:
-        self._console.print("teachers: " + ", ".join(f"{name} {state}" for name, state in states.items()))
+        said = ", ".join(f"{name} {state}" for name, state in states.items())
+        self._console.print(f"teachers: {said}", markup=False)
 
     def show(self, record: dict[str, Any]) -> None:
         if self._progress is None or self._task is None:

@@ -71,8 +71,8 @@ class RecordLog:
 
     def _upload(self) -> None:
         assert self._remote is not None
-        filesystem, path = pyarrow.fs.FileSystem.from_uri(self._remote)
         try:
+            filesystem, path = pyarrow.fs.FileSystem.from_uri(self._remote)
             with self._path.open("rb") as source, filesystem.open_output_stream(path) as copy:
                 shutil.copyfileobj(source, copy)
         except OSError as error:  # the run matters more than its record

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,7 +144,7 @@ def _teachers(history: History) -> Table | None:
         table.add_column(heading, justify="left" if heading == "teacher" else "right")
     for name in names:
         pool = pools.get(name, {})
-        figures = [_mean(recent, f"teacher/{name}/{key}") for key in ("win_share", "coverage", "fidelity")]
+        figures = [mean_of(recent, f"teacher/{name}/{key}") for key in ("win_share", "coverage", "fidelity")]
         table.add_row(
             name,
             f"{pool['ready']}/{pool['wanted']}" if pool else "",
@@ -155,6 +155,7 @@ def _teachers(history: History) -> Table | None:
     return table
 
 
-def _mean(records: list[dict[str, Any]], key: str) -> float:
+def mean_of(records: Sequence[dict[str, Any]], key: str) -> float:
+    """Over the records that have the figure; NaN where none has."""
     values = [record[key] for record in records if key in record]
     return statistics.fmean(values) if values else math.nan

@@ -118,12 +118,11 @@ def _arm(config: Config, arm: str, zoo: Zoo) -> Config:
 
 
 def _forget_finished(runs: dict[str, Config]) -> None:
-    """A finished study begins anew; an interrupted one goes on."""
-    stores = {arm: Checkpoints(run.run.storage, run.run.name) for arm, run in runs.items()}
-    states = {arm: store.latest_state() for arm, store in stores.items()}
-    if all(state is not None and state["step"] >= runs[arm].training.steps for arm, state in states.items()):
-        for store in stores.values():
-            shutil.rmtree(store.folder)
+    """What has its table begins anew; what was interrupted goes on."""
+    folders = {arm: Path(Checkpoints(run.run.storage, run.run.name).folder) for arm, run in runs.items()}
+    if (folders["fused"] / SCORES_FILE).is_file():
+        for folder in filter(Path.is_dir, folders.values()):
+            shutil.rmtree(folder)
 
 
 def _build(cache: Path, console: Console) -> Zoo:

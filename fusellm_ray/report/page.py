@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from fusellm_ray.observe.records import History
-from fusellm_ray.observe.status import duration, state_of
+from fusellm_ray.observe.status import duration, mean_of, state_of
 from fusellm_ray.report.charts import Series, Unit, line_chart
 
 Scores = Mapping[str, Any]
@@ -68,9 +68,9 @@ def _header(run: str, history: History) -> str:
         facts["tokens"] = _short(math.fsum(r["tokens"] for r in history.steps))
         for name, key in (("CLM loss", "loss/clm"), ("bits per byte", "loss/bits_per_byte")):
             if key in last:
-                facts[f"{name}, last"] = f"{_mean(history.steps[-20:], key):.4f}"
+                facts[f"{name}, last"] = f"{mean_of(history.steps[-20:], key):.4f}"
         facts["tokens/s, median"] = _short(statistics.median(r["perf/tokens_per_s"] for r in history.steps))
-        facts["waiting for teachers"] = f"{_mean(history.steps, 'time/wait_share'):.1%}"
+        facts["waiting for teachers"] = f"{mean_of(history.steps, 'time/wait_share'):.1%}"
         facts["time in steps"] = duration(math.fsum(r["time/step_s"] for r in history.steps))
         facts["steps skipped"] = str(last["skipped_steps"])
     cells = "".join(
@@ -160,8 +160,8 @@ def _teacher_table(history: History) -> str:
     rows = []
     for name in _teachers(history):
         figures = ("win_share", "coverage", "fidelity", "residual")
-        means = [_mean(recent, f"teacher/{name}/{figure}") for figure in figures]
-        means += [_mean(recent, f"teacher/{name}/advantage/{domain}") for domain in _domains(history)]
+        means = [mean_of(recent, f"teacher/{name}/{figure}") for figure in figures]
+        means += [mean_of(recent, f"teacher/{name}/advantage/{domain}") for domain in _domains(history)]
         rows.append((name, [_number(mean) for mean in means]))
     if not rows:
         return ""
@@ -266,11 +266,6 @@ def _teachers(history: History) -> list[str]:
 def _domains(history: History) -> list[str]:
     keys = (key.split("/") for key in _keys(history.steps) if key.startswith("teacher/"))
     return list(dict.fromkeys(key[3] for key in keys if len(key) == 4))
-
-
-def _mean(records: Sequence[dict[str, Any]], key: str) -> float:
-    values = [record[key] for record in records if key in record]
-    return statistics.fmean(values) if values else math.nan
 
 
 def _short(number: float) -> str:

@@ -10,12 +10,13 @@ from rich.text import Text
 
 from fusellm_ray.alignment.project import Aligner
 from fusellm_ray.alignment.statistics import Kind
-from fusellm_ray.config import Config, SimulatedEngine, TeacherConfig
+from fusellm_ray.config import Config
 from fusellm_ray.corpus.source import Corpus
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.errors import FuseLLMError
 from fusellm_ray.evaluate.alignment import COLOURS, picture, sequences_of
 from fusellm_ray.models import model_facts
+from fusellm_ray.plan import teacher_tokenizer
 
 _CHARS = 240
 _WIDTH = 42
@@ -44,7 +45,8 @@ def alignment_passages(config: Config) -> str:
     parts = [f'<p class="note">{explained}</p>']
     for teacher in config.active_teachers:
         try:
-            aligner = Aligner(_tokenizer(teacher), target, config.alignment, teacher.top_k)
+            _, tokenizer = teacher_tokenizer(teacher)
+            aligner = Aligner(tokenizer, target, config.alignment, teacher.top_k)
         except FuseLLMError as error:
             parts.append(_note(f"{teacher.name}: {error}"))
             continue
@@ -63,11 +65,6 @@ def _texts(config: Config) -> Iterator[tuple[str, str]]:
             one = config.corpus.model_copy(update={"sources": [source]})
             document = next(Corpus.open(one, config.run.seed).documents(0, 1))
             yield source.name, document.text.strip()[:_CHARS]
-
-
-def _tokenizer(teacher: TeacherConfig) -> ByteTokenizer:
-    is_simulated = isinstance(teacher.engine, SimulatedEngine)
-    return ByteTokenizer.of_model(teacher, None if is_simulated else model_facts(teacher).vocab_size)
 
 
 def _html(text: Text) -> str:

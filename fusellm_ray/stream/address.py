@@ -14,8 +14,6 @@ REFRESH_S = 2.0
 class HandleTable:
     """The replicas of a teacher that take requests now."""
 
-    version: int
-    """Changes with every change of the handles."""
     handles: Mapping[int, Any]
     """Actor handles by replica number."""
 

@@ -153,6 +153,7 @@ def take_down(config: Config) -> list[str]:
 def print_statuses(found: dict[str, PoolStatus | str]) -> None:
     """The table of `fusellm-ray teachers status`."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -170,7 +171,7 @@ def print_statuses(found: dict[str, PoolStatus | str]) -> None:
         )
     for name, status in found.items():
         if isinstance(status, str):
-            table.add_row(name, "-", "-", "-", "-", status)
+            table.add_row(name, "-", "-", "-", "-", escape(status))
             continue
         said = [*status.problems, *(f"→ {d.replicas}: {d.reason}" for d in status.decisions[-3:])]
         table.add_row(
@@ -179,7 +180,7 @@ def print_statuses(found: dict[str, PoolStatus | str]) -> None:
             f"{status.queued_tokens:,}",
             f"{status.tokens_per_s:,.0f}",
             f"{status.cache_hit_share:.0%}",
-            "\n".join(said),
+            escape("\n".join(said)),
         )
     console.print(table)
 

@@ -97,8 +97,6 @@ class TeacherPool:
         self._target_vocab_size = target_vocab_size
         self._hang_s = hang_s
         self._scale_s = scale_s
-        # A restarted pool must not repeat a version of its former self.
-        self._version = time.time_ns()
         self._description: Description | None = None
         self._failure: FuseLLMError | None = None
         self._members: dict[int, _Member] = {}
@@ -130,7 +128,7 @@ class TeacherPool:
         self._waited_s += waited_s
         self._raise_failure()
         ready = {m.number: m.handle for m in self._members.values() if m.state == "ready"}
-        return HandleTable(self._version, ready)
+        return HandleTable(ready)
 
     async def report(self, replica: int, reason: str) -> HandleTable:
         """A rank had trouble with a replica: look at it, then answer with the table."""
@@ -179,7 +177,6 @@ class TeacherPool:
             task.cancel()
         members = list(self._members.values())
         self._members.clear()
-        self._version += 1
         await asyncio.gather(*(self._end(member) for member in members))
 
     def _raise_failure(self) -> None:
@@ -246,7 +243,6 @@ class TeacherPool:
             if not self._accepts(member, description):
                 return
             member.state, member.incarnation, member.problem = "ready", description.incarnation, ""
-            self._version += 1
             while member.state == "ready":
                 await asyncio.sleep(_BEAT_S)
                 if member.state == "ready":
@@ -312,7 +308,6 @@ class TeacherPool:
         )
         member.state, member.problem = "starting", problem
         self._num_restarts += 1
-        self._version += 1
         if is_stuck:
             ray.kill(member.handle, no_restart=False)
 
@@ -342,7 +337,6 @@ class TeacherPool:
             if decision.replicas < current:
                 last = max(m.number for m in self._members.values() if m.state == "ready")
                 self._members[last].state = "draining"
-                self._version += 1
 
     def _measure(self, seconds: float) -> Load:
         """The load since the last call."""
