@@ -292,8 +292,8 @@ def _content(study: Study, arm: Arm) -> Any:
 
 
 def _identity(model: ModelConfig) -> dict[str, Any]:
-    """Which model it is, and how much it reads at once."""
-    tree = model.model_dump(include={*ModelConfig.model_fields, "max_context"})
+    """Which model it is, and how it reads."""
+    tree = model.model_dump(include={*ModelConfig.model_fields, "max_context", "add_bos"})
     return tree | {"model": _resolved(model.model)}
 
 

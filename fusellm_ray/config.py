@@ -186,6 +186,9 @@ class TeacherConfig(ModelConfig):
     """Its share under `fusion.rule: weighted`."""
     max_context: int | None = Field(default=None, ge=2)
     """Tokens the model reads at once; default: what its config says."""
+    add_bos: bool | None = None
+    """Begin each text with the tokenizer's BOS; default: where the tokenizer itself does. Converted folders (from
+    GGUF, for instance) may have lost that, and some models, such as Gemma, predict badly without."""
     cache_bytes: int = Field(default=256 << 20, ge=0)
     """Memory a replica uses for its latest answers, so that the same text asked again (by another run of a sweep,
     by a resumed run) is not scored again; a token takes about 4 to 6 bytes a candidate. Answers from it may differ in
@@ -514,7 +517,7 @@ class Config(Frozen):
         ):  # an adapter and special arguments are that model's
             own["engine"] = self.teachers[0].engine.model_copy(update={"lora": None, "args": {}})
         frozen = self.teachers[0].model_copy(
-            update=own | {"name": FROZEN_TARGET, "weight": 1.0, "max_context": None}
+            update=own | {"name": FROZEN_TARGET, "weight": 1.0, "max_context": None, "add_bos": None}
         )
         return [*self.teachers, frozen]
 

@@ -3,9 +3,10 @@
     sources → documents → windows of tokens → packed rows → nats over predicted tokens / bytes they cover
 
 A document longer than the model reads is scored in windows. Each window after the first begins with the last
-token of the one before, as context only, so every token is predicted once. With a tokenizer that adds a BOS a
-document's first token is predicted too; without, there is nothing to predict it from, and its bytes are not
-counted either. The prediction of EOS is not counted: it covers no bytes, and not every model learned it.
+token of the one before, as context only, so every token is predicted once; where the tokenizer adds a BOS, that
+comes before it, as such models predict badly without. With a BOS a document's first token is predicted too;
+without, there is nothing to predict it from, and its bytes are not counted either. The prediction of EOS is not
+counted: it covers no bytes, and not every model learned it.
 
 Used by a process of its own, and by trainer ranks on the sharded target (each takes its share of batches).
 """
@@ -19,6 +20,7 @@ from dataclasses import astuple, dataclass, replace
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
@@ -177,9 +179,9 @@ def bits_per_byte(
         CorpusError: there is no document.
     """
     windows = [w for document in documents for w in _windows(document, tokenizer, row_tokens)]
-    scores = {window.domain: NOTHING for window in windows}
+    scores = {window.segment.domain: NOTHING for window in windows}
     for index, score in _score_windows(model, tokenizer, windows, row_tokens, batch_rows, shard, num_shards):
-        scores[windows[index].domain] += score
+        scores[windows[index].segment.domain] += score
     return scores
 
 
@@ -187,7 +189,7 @@ def bits_per_byte(
 def _score_windows(
     model: HeadedModel,
     tokenizer: ByteTokenizer,
-    windows: Sequence[Segment],
+    windows: Sequence[_Window],
     row_tokens: int,
     batch_rows: int,
     shard: int,
@@ -196,7 +198,7 @@ def _score_windows(
     """(index of a window, its sums) of this shard's windows."""
     if not windows:
         raise CorpusError("no held-out text to score; give evaluation sources that hold some")
-    rows = list(_packed(windows, row_tokens))
+    rows = list(_packed((window.segment for window in windows), row_tokens))
     # One shape for all batches, so that a compiled model is compiled for it once.
     length = max(sum(len(window.ids) for window in row.segments) for row in rows)
     starts = range(0, len(rows), batch_rows)
@@ -206,7 +208,8 @@ def _score_windows(
         is_mine = first + shard < len(batches)
         number = first + shard if is_mine else 0
         index = int(windows_before[starts[number]])
-        for i, score in enumerate(_score(model, batches[number], length, tokenizer.eos_id or 0), index):
+        sums = _score(model, batches[number], windows[index:], length, tokenizer.eos_id or 0)
+        for i, score in enumerate(sums, index):
             if is_mine:
                 yield i, score
 
@@ -224,15 +227,50 @@ def sum_over_ranks(scores: Mapping[str, DomainScore]) -> dict[str, DomainScore]:
     }
 
 
-def _windows(document: Document, tokenizer: ByteTokenizer, limit: int) -> Iterator[Segment]:
-    """Pieces of at most `limit` tokens, each with its first token as context."""
+@dataclass(frozen=True, slots=True)
+class _Window:
+    segment: Segment
+    num_repeated: int = 0
+    """Predictions at its start that are not counted: another window made them."""
+
+
+def token_windows(
+    ids: NDArray[np.int32], limit: int, bos_id: int | None
+) -> Iterator[tuple[int, int, NDArray[np.int32]]]:
+    """(start, stop, what is read) of each window: `ids[start:stop]`, after the first window with a BOS before it.
+
+    Args:
+        ids: of a whole document, with BOS if the tokenizer adds one.
+        limit: tokens that are read at once, at least 2.
+        bos_id: what the tokenizer adds; under a limit of 2 there is no room to repeat it.
+
+    Example: reading 0..9 by 4 with BOS 0 → 0123, 0345, 0567, 0789; 3, 5 and 7 are context the second time.
+    """
+    prefix = np.array([] if bos_id is None or limit == 2 else [bos_id], np.int32)
+    start, stop = 0, limit
+    while start < len(ids) - 1:
+        own = ids[start:stop]
+        yield start, start + len(own), np.concatenate([prefix, own]) if start else own
+        start = stop - 1
+        stop = start + limit - len(prefix)
+
+
+def _windows(document: Document, tokenizer: ByteTokenizer, limit: int) -> Iterator[_Window]:
     tokens = tokenizer.sequence(document.text, ends_document=False)
     data = document.text.encode()
-    for start in range(0, len(tokens.ids) - 1, limit - 1):
-        stop = start + limit
-        ids, ends = tokens.ids[start:stop], tokens.ends[start:stop]
-        is_last = stop >= len(tokens.ids)
-        yield Segment(data[ends[0] : ends[-1]], ids, ends - ends[0], is_last, document.domain, document.name)
+    for start, stop, read in token_windows(tokens.ids, limit, tokenizer.bos_id):
+        num_repeated = len(read) - (stop - start)
+        begin = tokens.ends[start - num_repeated]  # of the first token that is predicted
+        ends = np.concatenate([np.full(num_repeated, begin), tokens.ends[start:stop]]).astype(np.int32)
+        segment = Segment(
+            text=data[begin : ends[-1]],
+            ids=read,
+            ends=ends - begin,
+            ends_document=stop == len(tokens.ids),
+            domain=document.domain,
+            document=document.name,
+        )
+        yield _Window(segment, num_repeated)
 
 
 def _packed(windows: Iterable[Segment], row_tokens: int) -> Iterator[Row]:
@@ -247,8 +285,10 @@ def _packed(windows: Iterable[Segment], row_tokens: int) -> Iterator[Row]:
     yield Row(tuple(row))
 
 
-def _score(model: HeadedModel, rows: list[Row], length: int, pad_id: int) -> Iterator[DomainScore]:
-    """Each window's sums, in their order in the rows."""
+def _score(
+    model: HeadedModel, rows: list[Row], windows: Sequence[_Window], length: int, pad_id: int
+) -> Iterator[DomainScore]:
+    """The sums of each window, which come in the order in which the rows hold them."""
     arrays = [row_arrays(row, length, pad_id) for row in rows]
     device = next(model.parameters()).device
 
@@ -275,12 +315,14 @@ def _score(model: HeadedModel, rows: list[Row], length: int, pad_id: int) -> Ite
         .cpu()
         .numpy()
     )
+    left = iter(windows)
     for row, a, row_nats in zip(rows, arrays, nats, strict=True):
-        for i, window in enumerate(row.segments):
-            own = a.segment == i
+        for i in range(len(row.segments)):
+            window = next(left)
+            own = np.flatnonzero(a.segment == i)[window.num_repeated :]
             yield DomainScore(
                 nats=float(row_nats[own].sum()),
                 bytes=int(a.gold_bytes[own].sum()),
-                tokens=len(window.ids) - 1,
-                documents=int(window.ends_document),
+                tokens=len(window.segment.ids) - 1 - window.num_repeated,
+                documents=int(window.segment.ends_document),
             )

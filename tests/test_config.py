@@ -43,9 +43,10 @@ def test_the_paper_preset_selects_the_papers_choices_and_yields_to_the_file():
 
 def test_the_frozen_target_is_one_more_teacher_with_the_first_ones_engine():
     tree = minimal() | {"fusion": {"gate": "frozen_target"}}
+    tree["teachers"][0]["add_bos"] = True
     tree["teachers"][0] |= {"engine": {"type": "vllm"}, "resources": {"num_gpus": 1}, "top_k": 4, "weight": 3}
     first, frozen = parse_config(tree).active_teachers
-    assert frozen.model == "target"
+    assert (frozen.model, frozen.add_bos) == ("target", None)
     assert (frozen.engine, frozen.resources, frozen.top_k) == (first.engine, first.resources, first.top_k)
     tree["teachers"][0]["name"] = frozen.name
     assert f"two teachers are named '{frozen.name}'" in refused(tree)

@@ -57,9 +57,12 @@ def reference(folder, row_tokens):
             x.tolist() for x in (lambda t: (t.ids, t.ends))(tokenizer.sequence(document.text, False))
         )
         for i in range(1, len(ids)):
-            window = (i - 1) // (row_tokens - 1) * (row_tokens - 1)
+            context = ids[(i - 1) // (row_tokens - 1) * (row_tokens - 1) : i]
+            if tokenizer.bos_id is not None and i >= row_tokens:  # later windows begin with BOS, too
+                new = row_tokens - 2
+                context = [tokenizer.bos_id, *ids[row_tokens - 1 + (i - row_tokens) // new * new : i]]
             with torch.no_grad():
-                logits = model.causal_lm(input_ids=torch.tensor([ids[window:i]])).logits[0, -1]
+                logits = model.causal_lm(input_ids=torch.tensor([context])).logits[0, -1]
             nats[document.domain] -= logits.log_softmax(-1)[ids[i]].item()
             num_bytes[document.domain] += ends[i] - ends[i - 1]
     return nats, num_bytes

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from fusellm_ray.config import ModelConfig, TeacherConfig
 from fusellm_ray.corpus.tokens import ByteTokenizer, Encoding
 from fusellm_ray.errors import TokenizerError
 from tests.tokenizers import KINDS
@@ -215,6 +216,20 @@ def test_control_tokens_written_in_a_text_are_spelled_out(tokenizer: ByteTokeniz
     encoding = tokenizer.encode(text)
     check_tiling(encoding, text)
     assert not tokenizer.special_ids & set(encoding.ids.tolist())
+
+
+def test_bos_is_added_where_it_is_asked_for(tokenizer_folders: dict[str, Path]) -> None:
+    folder = str(tokenizer_folders["llama"])
+    own = ByteTokenizer.of_model(ModelConfig(model=folder))
+    without = ByteTokenizer.of_model(TeacherConfig(name="t", model=folder, add_bos=False))
+    again = ByteTokenizer.of_model(TeacherConfig(name="t", model=folder, add_bos=True))
+    assert own.sequence("a b", False).ids.tolist() == [own.bos_id, *without.sequence("a b", False).ids]
+    assert (without.bos_id, again.bos_id) == (None, own.bos_id)
+    assert own.fingerprint == again.fingerprint != without.fingerprint
+    hf = byte_level()
+    assert hf.bos_token is None
+    with pytest.raises(TokenizerError, match="bytes: add_bos is set, and the tokenizer has no BOS"):
+        ByteTokenizer(hf, "bytes", add_bos=True)
 
 
 def test_added_tokens_that_are_not_special_are_text(tokenizer_folders: dict[str, Path]) -> None:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import transformers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fusellm_ray.config import ModelConfig
+from fusellm_ray.config import ModelConfig, TeacherConfig
 from fusellm_ray.corpus.spelling import is_byte_level, prepended_token, special_tokens, speller, text_only
 from fusellm_ray.errors import TokenizerError
 
@@ -49,7 +49,7 @@ class ByteTokenizer:
 
     vocab_size: int
     bos_id: int | None
-    """Set only where the tokenizer itself prepends it."""
+    """Set only where the tokenizer itself prepends it, or where it was told to."""
     eos_id: int | None
     special_ids: frozenset[int]
     token_bytes: Sequence[bytes | None]
@@ -59,7 +59,13 @@ class ByteTokenizer:
     fingerprint: str
     hf: PreTrainedTokenizerFast
 
-    def __init__(self, hf: PreTrainedTokenizerBase, name: str, vocab_size: int | None = None) -> None:
+    def __init__(
+        self,
+        hf: PreTrainedTokenizerBase,
+        name: str,
+        vocab_size: int | None = None,
+        add_bos: bool | None = None,
+    ) -> None:
         """Wrap a loaded tokenizer; `name` is for errors. See `load`."""
         if not isinstance(hf, PreTrainedTokenizerFast):
             raise TokenizerError(
@@ -72,7 +78,9 @@ class ByteTokenizer:
         tree.update(truncation=None, padding=None)
         vocabulary = hf.backend_tokenizer.get_vocab(with_added_tokens=True)
 
-        self.bos_id = prepended_token(hf, name)
+        self.bos_id = prepended_token(hf, name) if add_bos is None else hf.bos_token_id if add_bos else None
+        if add_bos and self.bos_id is None:
+            raise TokenizerError(f"{name}: add_bos is set, and the tokenizer has no BOS; leave it out")
         self.eos_id = hf.eos_token_id
         special = special_tokens(hf, tree, vocabulary)
         self.special_ids = frozenset(special.values())
@@ -109,6 +117,7 @@ class ByteTokenizer:
         revision: str | None = None,
         trust_remote_code: bool = False,
         vocab_size: int | None = None,
+        add_bos: bool | None = None,
     ) -> ByteTokenizer:
         """Load the tokenizer of a model.
 
@@ -116,9 +125,11 @@ class ByteTokenizer:
             model: a folder, or a hub id.
             vocab_size: the model's number of embeddings, which may exceed the tokenizer's; default: the
                 tokenizer's highest id + 1.
+            add_bos: whether each text begins with BOS; default: where the tokenizer itself prepends it.
 
         Raises:
-            TokenizerError: there is no tokenizer, it is not fast, or it cannot say what its tokens spell.
+            TokenizerError: there is no tokenizer, it is not fast, it cannot say what its tokens spell, or it has
+                no BOS to add.
         """
         if model.startswith(("/", ".", "~")) and not Path(model).expanduser().is_dir():
             raise TokenizerError(f"{model}: no such folder; expected one with tokenizer.json, or a hub id")
@@ -133,7 +144,7 @@ class ByteTokenizer:
                 f"{model}: no tokenizer could be loaded ({type(error).__name__}: {error}); "
                 "expected a folder with tokenizer.json, or a hub id that can be reached"
             ) from error
-        return cls(hf, model, vocab_size)
+        return cls(hf, model, vocab_size, add_bos)
 
     @classmethod
     def of_model(cls, model: ModelConfig, vocab_size: int | None = None) -> ByteTokenizer:
@@ -143,6 +154,7 @@ class ByteTokenizer:
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
             vocab_size=vocab_size,
+            add_bos=model.add_bos if isinstance(model, TeacherConfig) else None,
         )
 
     def encode(self, text: str) -> Encoding:

@@ -23,7 +23,7 @@ from fusellm_ray.config import AlignmentConfig, FusionConfig, TeacherConfig
 from fusellm_ray.corpus.source import Document
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.fusion.fuse import Candidates, fuse
-from fusellm_ray.perplexity import DocumentScore
+from fusellm_ray.perplexity import DocumentScore, token_windows
 from fusellm_ray.teachers.engine import Engine, Scores, make_engine
 from fusellm_ray.teachers.scoring import join_windows
 
@@ -60,7 +60,8 @@ def evaluate_ensemble(
         aligner = Aligner(tokenizer, target, EXACT, teacher.top_k)
         own = [tokenizer.sequence(document.text, ends_document=False) for document in documents]
         limit = min(row_tokens, engine.max_context)
-        scores = asyncio.run(_score(engine, [tokens.ids for tokens in own], limit, teacher.top_k))
+        ids = [tokens.ids for tokens in own]
+        scores = asyncio.run(_score(engine, ids, tokenizer.bos_id, limit, teacher.top_k))
         torch.set_num_threads(threads)  # an engine sets its own
         for known, document, sequence, tokens, rows in zip(
             golds, documents, sequences, own, scores, strict=True
@@ -112,12 +113,12 @@ def mean_nats(golds: Sequence[NDArray[np.float32]]) -> tuple[NDArray[np.float64]
 
 
 async def _score(
-    engine: Engine, sequences: Sequence[NDArray[np.int32]], limit: int, top_k: int
+    engine: Engine, sequences: Sequence[NDArray[np.int32]], bos_id: int | None, limit: int, top_k: int
 ) -> list[Scores]:
-    """Rows of whole sequences. As in `perplexity`, a window begins with the last token of the one before."""
-    prompts = [
-        [ids[start : start + limit] for start in range(0, len(ids) - 1, limit - 1)] for ids in sequences
-    ]
-    answers = iter(await engine.score([prompt for own in prompts for prompt in own], top_k))
+    """Rows of whole sequences, read in the windows of `perplexity`."""
+    windows = [list(token_windows(ids, limit, bos_id)) for ids in sequences]
+    answers = iter(await engine.score([read for own in windows for *_, read in own], top_k))
     await engine.stop()
-    return [join_windows([(next(answers), len(p) - 1) for p in own], top_k) for own in prompts]
+    return [
+        join_windows([(next(answers), stop - start - 1) for start, stop, _ in own], top_k) for own in windows
+    ]

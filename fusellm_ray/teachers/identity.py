@@ -18,7 +18,7 @@ def answer_settings(teacher: TeacherConfig, alignment: AlignmentConfig) -> dict[
     """Everything in a run's config that a teacher's answers depend on, by the keys people write, but the
     target's tokenizer, which is a file."""
     settings: dict[str, Any] = {
-        key: getattr(teacher, key) for key in ("model", "revision", "top_k", "max_context")
+        key: getattr(teacher, key) for key in ("model", "revision", "top_k", "max_context", "add_bos")
     }
     settings |= {f"engine.{key}": value for key, value in engine_settings(teacher).items()}
     return settings | {f"alignment.{key}": value for key, value in alignment.model_dump().items()}
