@@ -33,7 +33,7 @@ from fusellm_ray.evaluate.ensemble import evaluate_ensemble
 from fusellm_ray.evaluate.merge import merge_models
 from fusellm_ray.job import export_run, local_or_running_cluster, run_job
 from fusellm_ray.observe.progress import make_display
-from fusellm_ray.perplexity import DocumentScore, by_domain, evaluate_model, held_out_documents
+from fusellm_ray.perplexity import MEASURE, DocumentScore, by_domain, evaluate_model, held_out_documents
 from fusellm_ray.quickstart.domains import build_domains, build_text
 from fusellm_ray.quickstart.zoo import OnProgress, build_zoo, point_latest
 from fusellm_ray.report.write import write_report
@@ -262,7 +262,8 @@ def _cells(study: Study, documents: Sequence[Document]) -> list[Cell]:
     cells = []
     for arm in study.arms:
         for seed in study.seeds if arm.depends_on_seed else study.seeds[:1]:
-            content = [_content(study, arm), study.context or study.config().corpus.row_tokens, text]
+            context = study.context or study.config().corpus.row_tokens
+            content = [_content(study, arm), context, text, MEASURE]
             digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
             cells.append(Cell(arm, seed, f"{_file_name(arm)}-{digest}-seed{seed}"))
     return cells

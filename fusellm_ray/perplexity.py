@@ -31,6 +31,8 @@ from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.errors import CorpusError
 from fusellm_ray.models import HeadedModel, check_structure, load_causal_lm, model_facts
 
+MEASURE = 2
+"""Of scores that are kept in files: it changes when the same model pays another number of nats for the same text."""
 CHUNK_TOKENS = 512
 """Positions whose logits exist at once."""
 

@@ -27,7 +27,7 @@ from fusellm_ray.errors import ConfigError
 from fusellm_ray.evaluate.table import as_json, mean_bits_per_byte, print_scores
 from fusellm_ray.job import export_run, local_or_running_cluster, run_job
 from fusellm_ray.observe.progress import make_display
-from fusellm_ray.perplexity import DomainScore, bits_per_byte, held_out_documents, load_model
+from fusellm_ray.perplexity import MEASURE, DomainScore, bits_per_byte, held_out_documents, load_model
 from fusellm_ray.quickstart.zoo import DEFAULT_CACHE, Zoo, build_zoo, point_latest
 from fusellm_ray.report.write import SCORES_FILE
 from fusellm_ray.target.storage import Checkpoints
@@ -151,7 +151,7 @@ def _evaluate(
 ) -> dict[str, dict[str, DomainScore]]:
     """Bits per byte of the zoo's models (kept beside them, they do not change) and of both exported arms."""
     documents = held_out_documents(config.evaluation.sources, config.evaluation.max_bytes)
-    kept = zoo.folder / f"scores-{config.corpus.row_tokens}-{config.evaluation.max_bytes}.json"
+    kept = zoo.folder / f"scores-{MEASURE}-{config.corpus.row_tokens}-{config.evaluation.max_bytes}.json"
     fixed = {"target before": zoo.target} | {f"teacher {name}": path for name, path in zoo.experts.items()}
     scores: dict[str, dict[str, DomainScore]] = {}
     models: dict[str, Path] = {}
