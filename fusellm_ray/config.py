@@ -374,7 +374,8 @@ class StreamConfig(Frozen):
     """Requests from ranks to teachers."""
 
     in_flight_tokens: int = Field(default=65536, ge=1)
-    """Target tokens of the batches a rank has asked for and not joined yet (one batch is always allowed)."""
+    """Target tokens of the batches a rank has asked for and not joined yet (one batch is always allowed). A rank's
+    share of a step is one request, to one replica: replicas beyond the requests that fit have nothing to do."""
     in_flight_bytes: int = Field(default=256 << 20, ge=1 << 20)
     """Frame bytes a rank may have in flight over all teachers; keep well under the object store."""
     on_teacher_loss: Literal["wait", "drop", "fail"] = "wait"
