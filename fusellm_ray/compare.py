@@ -131,6 +131,8 @@ def _make(study: Study, missing: Sequence[Cell], documents: list[Document], cons
             scores = _score_trained(study, config, documents)
             _keep(study, cell, scores, time.perf_counter() - started)
             _drop_checkpoints(study, config)
+            if outcome.stop_requested and waiting:
+                return False
     return True
 
 

@@ -69,6 +69,8 @@ class Outcome:
     """Optimiser steps that are saved."""
     is_finished: bool
     """False after a requested stop: the same command goes on from here."""
+    stop_requested: bool = False
+    """It was asked to stop, perhaps too late to end before its last step: nothing else should begin."""
 
 
 def run_job(
@@ -395,7 +397,7 @@ def _fit(
     state = checkpoints.latest_state()
     if state is None:
         raise CheckpointError(f"{checkpoints.folder}: the run ended without a checkpoint; see Ray's logs")
-    return Outcome(step=state["step"], is_finished=is_finished(state, config))
+    return Outcome(state["step"], is_finished(state, config), stop_requested=stop.reason is not None)
 
 
 def explain_failure(error: BaseException, config: Config) -> FuseLLMError:

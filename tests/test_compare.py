@@ -7,7 +7,6 @@ import copy
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ import pytest
 from fusellm_ray import compare
 from fusellm_ray.compare import _by_teachers, _cells, run_comparison
 from fusellm_ray.evaluate.models import evaluate_models
+from fusellm_ray.job import Outcome
 from fusellm_ray.study import Study, parse_study
 from tests.runs import build_run, model_folder
 
@@ -186,10 +186,29 @@ def test_checkpoints_stay_until_their_scores_are_written(tmp_path: Path, monkeyp
     checkpoint.mkdir(parents=True)
     kept: list[bool] = []
     monkeypatch.setattr(compare, "local_or_running_cluster", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(compare, "run_job", lambda *_, **__: SimpleNamespace(is_finished=True))
+    monkeypatch.setattr(compare, "run_job", lambda *_, **__: Outcome(10, is_finished=True))
     monkeypatch.setattr(compare, "export_run", lambda _, folder: folder.mkdir(parents=True))
     monkeypatch.setattr(compare, "evaluate_model", lambda *_, **__: [])
     monkeypatch.setattr(compare, "_keep", lambda *_: kept.append(checkpoint.is_dir()))
     assert compare._make(study, [cell], [], compare.Console(quiet=True))
     assert kept == [True]
     assert not checkpoint.exists()
+
+
+def test_a_stop_during_an_arms_last_step_keeps_the_arm_and_begins_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    study = parse_study(HUB | {"storage": str(tmp_path)})
+    cells = [cell for cell in _cells(study, []) if cell.arm.kind == "train"]
+    assert len(cells) > 1
+    kept: list[str] = []
+    monkeypatch.setattr(compare, "local_or_running_cluster", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(compare._Teachers, "up", lambda *_: {})
+    monkeypatch.setattr(
+        compare, "run_job", lambda *_, **__: Outcome(10, is_finished=True, stop_requested=True)
+    )
+    monkeypatch.setattr(compare, "_score_trained", lambda *_: [])
+    monkeypatch.setattr(compare, "_drop_checkpoints", lambda *_: None)
+    monkeypatch.setattr(compare, "_keep", lambda study, cell, *_: kept.append(cell.name))
+    assert not compare._make(study, cells, [], compare.Console(quiet=True))
+    assert kept == [cells[0].name]

@@ -65,7 +65,7 @@ def run_quickstart(
         for arm, run in runs.items():
             outcome = run_job(run, display=make_display(ARMS[arm]))
             clock.lap(arm)
-            if not outcome.is_finished:
+            if outcome.stop_requested:
                 console.print(
                     f"stopped at step {outcome.step} of {ARMS[arm]}; the same command goes on from there"
                 )
