@@ -11,6 +11,7 @@ import click
 
 import fusellm_ray
 from fusellm_ray.errors import FuseLLMError
+from fusellm_ray.folders import below, is_uri
 
 INTERRUPTED = 130
 """Exit code after a requested stop: the run is saved, and not finished."""
@@ -392,12 +393,12 @@ def align(
 
 def _run_folder(run: str, overrides: tuple[str, ...]) -> str:
     """The folder of a run, which may be given by its config."""
-    if "://" in run or Path(run).is_dir():
+    if is_uri(run) or Path(run).is_dir():
         return run
     from fusellm_ray.config import load_config
 
     settings = load_config(run, overrides).run
-    return f"{settings.storage.rstrip('/')}/{settings.name}"
+    return below(settings.storage, settings.name)
 
 
 if __name__ == "__main__":

@@ -433,7 +433,8 @@ class RunConfig(Frozen):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     storage: str = "~/fusellm_runs"
-    """Folder or URI (s3://…, gs://…) reachable from every node."""
+    """Folder or URI (gs://…, s3://bucket/runs?region=…&endpoint_override=…) reachable from every node; the keys of an
+    object store come from the nodes' environment."""
     seed: int = 0
     start_timeout_s: float = Field(default=900.0, gt=0)
     """How long to wait for the cluster to give what the run asks for (an autoscaler may need minutes)."""

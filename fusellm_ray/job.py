@@ -56,6 +56,9 @@ POLL_S = 0.5
 """How often the driver looks for new records."""
 SLOW_START_S = 60.0
 """Without a rank for so long, the driver says what it waits for."""
+ELASTIC_PLACEMENT_S = 30.0
+"""After so long without a place an elastic group gets another size: Ray looks every 20 s which nodes there are, and
+may have counted one that is gone."""
 
 DISK_LOOK_S = 10.0
 """Between two looks at nodes' disks: one that leaves takes its count along, one that comes may not be set right."""
@@ -310,7 +313,10 @@ def _fit(
     task = TrainTask(config=config, teachers=addresses, control=control, identity=identity)
     # Workers keep the job's working directory, so that relative paths mean the same everywhere.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.run.start_timeout_s)
+    placement_s = config.run.start_timeout_s
+    if config.trainer.workers.is_elastic:
+        placement_s = min(placement_s, ELASTIC_PLACEMENT_S)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(placement_s)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     workers = config.trainer.workers
     trainer = _Trainer(
@@ -328,7 +334,7 @@ def _fit(
             # Ray's default for a group that cannot be placed is to try for ever.
             failure_config=FailureConfig(  # type: ignore[call-arg]  # Ray's annotation is of V1
                 max_failures=config.trainer.max_failures,
-                controller_failure_limit=config.trainer.max_failures,
+                controller_failure_limit=round(_patience_s(config) / placement_s) - 1,
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.checkpoint.keep),
             callbacks=[RaiseLastingErrors()],  # type: ignore[list-item]  # Ray's annotation is of V1

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from fusellm_ray.errors import CheckpointError
+from fusellm_ray.folders import below, last_name
 from fusellm_ray.target.checkpoint import STATE_FILE
 from fusellm_ray.target.storage import Checkpoints, step_folder
 
@@ -17,9 +18,27 @@ def write(root, step, files=FILES):
     folder.mkdir(parents=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    sizes = {name: len(content) for name, content in files.items()}
-    (folder / STATE_FILE).write_text(json.dumps({"step": step, "files": sizes}))
+    (folder / STATE_FILE).write_text(state_text(step, files))
     return folder
+
+
+def state_text(step, files=FILES):
+    return json.dumps({"step": step, "files": {name: len(content) for name, content in files.items()}})
+
+
+@pytest.mark.parametrize(
+    ("folder", "inside", "name"),
+    [
+        ("/runs/", "/runs/a", "runs"),
+        ("what?/runs", "what?/runs/a", "runs"),
+        ("gs://bucket/runs", "gs://bucket/runs/a", "runs"),
+        ("s3://bucket/runs/?scheme=http&a=http://h:1", "s3://bucket/runs/a?scheme=http&a=http://h:1", "runs"),
+    ],
+)
+def test_the_query_of_a_uri_stays_behind_the_path(folder, inside, name):
+    assert below(folder, "a") == inside
+    assert last_name(folder) == name
+    assert last_name(inside) == "a"
 
 
 def steps_and_latest(root):

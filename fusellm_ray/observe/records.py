@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import shutil
 import tempfile
 import time
@@ -21,6 +22,7 @@ from typing import Any, TextIO
 import pyarrow.fs
 
 from fusellm_ray.errors import ConfigError
+from fusellm_ray.folders import absolute, below, is_uri
 
 METRICS_FILE = "metrics.jsonl"
 _UPLOAD_S = 30.0
@@ -34,31 +36,41 @@ class RecordLog:
 
     Args:
         folder: the run's folder. Object stores (URIs) cannot append: there the file is kept on this node and
-            uploaded whole, now and then and at the end.
+            uploaded whole: at once, now and then, and at the end.
+
+    Raises:
+        ConfigError: when it is entered, as the folder cannot be written.
     """
 
     def __init__(self, folder: str) -> None:
-        self._remote = f"{folder.rstrip('/')}/{METRICS_FILE}" if "://" in folder else None
+        self._folder = folder
         self._path = Path(folder) / METRICS_FILE
+        self._remote: _Remote | None = None
         self._stack = contextlib.ExitStack()
         self._file: TextIO | None = None
-        self._uploaded_at = time.monotonic()
+        self._uploaded_at = -math.inf
 
     def __enter__(self) -> RecordLog:
-        if self._remote is not None:
-            folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="fusellm_ray_"))
-            self._path = Path(folder) / METRICS_FILE
-            filesystem, path = pyarrow.fs.FileSystem.from_uri(self._remote)
-            if filesystem.get_file_info(path).type == pyarrow.fs.FileType.File:
-                with filesystem.open_input_stream(path) as source, self._path.open("wb") as copy:
-                    shutil.copyfileobj(source, copy)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._stack.enter_context(self._path.open("a", encoding="utf-8"))
+        with contextlib.ExitStack() as stack:
+            try:
+                if is_uri(self._folder):
+                    place = stack.enter_context(tempfile.TemporaryDirectory(prefix="fusellm_ray_"))
+                    self._path = Path(place) / METRICS_FILE
+                    self._remote = _Remote(self._folder)
+                    self._remote.fetch(self._path)
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = stack.enter_context(self._path.open("a", encoding="utf-8"))
+            except OSError as error:
+                raise ConfigError(
+                    f"{self._folder}: the run's record cannot be written there ({error}); see that run.storage "
+                    "can be reached and written from here"
+                ) from error
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._remote is not None:
-            self._upload()
+            self._upload(self._remote)
         self._stack.close()
 
     def write(self, record: dict[str, Any]) -> None:
@@ -67,17 +79,32 @@ class RecordLog:
         self._file.write(json.dumps({"time": round(time.time(), 3)} | record) + "\n")
         self._file.flush()
         if self._remote is not None and time.monotonic() - self._uploaded_at > _UPLOAD_S:
-            self._upload()
+            self._upload(self._remote)
 
-    def _upload(self) -> None:
-        assert self._remote is not None
+    def _upload(self, remote: _Remote) -> None:
         try:
-            filesystem, path = pyarrow.fs.FileSystem.from_uri(self._remote)
-            with self._path.open("rb") as source, filesystem.open_output_stream(path) as copy:
-                shutil.copyfileobj(source, copy)
+            remote.put(self._path)
         except OSError as error:  # the run matters more than its record
-            logger.warning("%s could not be written (%s)", self._remote, error)
+            logger.warning("%s: %s could not be written (%s)", self._folder, METRICS_FILE, error)
         self._uploaded_at = time.monotonic()
+
+
+class _Remote:
+    """metrics.jsonl in an object store."""
+
+    def __init__(self, folder: str) -> None:
+        self._filesystem, self._path = pyarrow.fs.FileSystem.from_uri(below(folder, METRICS_FILE))
+
+    def fetch(self, local: Path) -> None:
+        """Copy the record so far, if there is one. Makes the folder, so that it shows now whether it can be written."""
+        self._filesystem.create_dir(self._path.rpartition("/")[0])
+        if self._filesystem.get_file_info(self._path).type == pyarrow.fs.FileType.File:
+            with self._filesystem.open_input_stream(self._path) as source, local.open("wb") as copy:
+                shutil.copyfileobj(source, copy)
+
+    def put(self, local: Path) -> None:
+        with local.open("rb") as source, self._filesystem.open_output_stream(self._path) as copy:
+            shutil.copyfileobj(source, copy)
 
 
 @dataclass
@@ -126,9 +153,8 @@ def read_records(folder: str) -> list[dict[str, Any]]:
     Raises:
         ConfigError: there are none, or the file is none of ours.
     """
-    uri = folder.rstrip("/") if "://" in folder else str(Path(folder).expanduser().resolve())
     try:
-        filesystem, path = pyarrow.fs.FileSystem.from_uri(f"{uri}/{METRICS_FILE}")
+        filesystem, path = pyarrow.fs.FileSystem.from_uri(below(absolute(folder), METRICS_FILE))
         with filesystem.open_input_stream(path) as stream:
             lines = stream.read().decode().splitlines(keepends=True)
     except (OSError, ValueError) as error:

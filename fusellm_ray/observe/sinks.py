@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fusellm_ray.errors import ConfigError
+from fusellm_ray.folders import is_uri, last_name
 
 PROJECT = "fusellm_ray"
 """W&B project and MLflow experiment, unless the service's own environment variables name another."""
@@ -68,8 +69,8 @@ class Sinks:
         self._open: dict[str, _Sink] = {}
 
     def __enter__(self) -> Sinks:
-        name = self._folder.rsplit("/", 1)[-1]
-        place = Path(f"{name}.sinks") if "://" in self._folder else Path(self._folder)
+        name = last_name(self._folder)
+        place = Path(f"{name}.sinks") if is_uri(self._folder) else Path(self._folder)
         for kind in self._names:
             with _GivingUp(self, kind):
                 self._open[kind] = _KINDS[kind](name, place, self._folder, self._settings)

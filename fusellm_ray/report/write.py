@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fusellm_ray.config import parse_config
 from fusellm_ray.errors import ConfigError, FuseLLMError
+from fusellm_ray.folders import is_uri, last_name
 from fusellm_ray.observe.records import History, read_records
 from fusellm_ray.report.page import Scores, render_page
 
@@ -29,8 +30,8 @@ def write_report(folder: str, out: Path | None = None, scores: Path | None = Non
         ConfigError: there is no record of a run, or the scores are none.
     """
     history = History.of(read_records(folder))
-    name = folder.rstrip("/").rsplit("/", 1)[-1]
-    if scores is None and "://" not in folder and (Path(folder).expanduser() / SCORES_FILE).is_file():
+    name = last_name(folder)
+    if scores is None and not is_uri(folder) and (Path(folder).expanduser() / SCORES_FILE).is_file():
         scores = Path(folder).expanduser() / SCORES_FILE
     page = render_page(
         name,

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import pyarrow.fs
 
 from fusellm_ray.errors import CheckpointError
+from fusellm_ray.folders import absolute, below
 from fusellm_ray.target.checkpoint import STATE_FILE
 
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
@@ -42,7 +43,7 @@ class Checkpoints:
     """
 
     def __init__(self, storage: str, name: str) -> None:
-        self.storage = storage if "://" in storage else str(Path(storage).expanduser().resolve())
+        self.storage = absolute(storage)
         try:
             self._filesystem, root = pyarrow.fs.FileSystem.from_uri(self.storage)
         except Exception as error:
@@ -50,7 +51,7 @@ class Checkpoints:
                 f"run.storage={storage!r} cannot be opened ({error}); give a folder or a URI such as s3://bucket/runs"
             ) from error
         self._root = f"{root.rstrip('/')}/{name}"
-        self.folder = f"{self.storage.rstrip('/')}/{name}"
+        self.folder = below(self.storage, name)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending: those with every file that their state.json names."""
@@ -75,9 +76,25 @@ class Checkpoints:
         if isinstance(self._filesystem, pyarrow.fs.LocalFileSystem):
             yield Path(path)
             return
-        with tempfile.TemporaryDirectory() as directory:
-            pyarrow.fs.copy_files(path, directory, source_filesystem=self._filesystem)
+        with tempfile.TemporaryDirectory(prefix="fusellm_ray_") as directory:
+            with self._reading():
+                pyarrow.fs.copy_files(path, directory, source_filesystem=self._filesystem)
             yield Path(directory)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder}: cannot be read ({error}); see that run.storage can be reached from here, with "
+                "credentials in the environment that may read it"
+            ) from error
+
+    def _entries(self, folder: str) -> list[pyarrow.fs.FileInfo]:
+        """What lies in a folder; nothing, if there is none."""
+        with self._reading():
+            return self._filesystem.get_file_info(pyarrow.fs.FileSelector(folder, allow_not_found=True))
 
     def _one_of(self, step: int | None) -> int:
         steps = self.steps()
@@ -97,8 +114,7 @@ class Checkpoints:
 
     def _folders(self, pattern: re.Pattern[str] = STEP_FOLDER) -> list[int]:
         """Steps that have a folder, ascending."""
-        entries = self._filesystem.get_file_info(pyarrow.fs.FileSelector(self._root, allow_not_found=True))
-        matches = (pattern.fullmatch(entry.base_name) for entry in entries)
+        matches = (pattern.fullmatch(entry.base_name) for entry in self._entries(self._root))
         return sorted(int(match[1]) for match in matches if match)
 
     def _complete_state(self, name: str) -> dict[str, Any] | None:
@@ -107,8 +123,7 @@ class Checkpoints:
         Ray copies the ranks' files side by side, in any order: state.json may be there before the others are.
         """
         folder = f"{self._root}/{name}"
-        entries = self._filesystem.get_file_info(pyarrow.fs.FileSelector(folder, allow_not_found=True))
-        sizes = {entry.base_name: entry.size for entry in entries if entry.is_file}
+        sizes = {entry.base_name: entry.size for entry in self._entries(folder) if entry.is_file}
         if STATE_FILE not in sizes:
             return None
         try:
