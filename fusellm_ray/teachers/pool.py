@@ -166,7 +166,7 @@ class TeacherPool:
         """Of each replica that answers."""
         ready = [m for m in self._members.values() if m.state == "ready"]
         answers = await asyncio.gather(
-            *(asyncio.wait_for(_await(m.handle.stats.remote()), _BEAT_S) for m in ready),
+            *(_within(_BEAT_S, m.handle.stats.remote()) for m in ready),
             return_exceptions=True,
         )
         return {m.number: a for m, a in zip(ready, answers, strict=True) if isinstance(a, ReplicaStats)}
@@ -219,7 +219,7 @@ class TeacherPool:
         failed_starts = 0
         while True:
             try:
-                description = await _await(member.handle.describe.remote())
+                description = await member.handle.describe.remote()
             except (RayError, FuseLLMError) as error:
                 failed_starts += 1
                 member.problem = summary_of(cause_of(error))
@@ -286,7 +286,7 @@ class TeacherPool:
         """Ask a ready replica for its heartbeat; out of the table with it if something is wrong."""
         is_stuck = False
         try:
-            beat = await asyncio.wait_for(_await(member.handle.heartbeat.remote()), self._hang_s)
+            beat = await _within(self._hang_s, member.handle.heartbeat.remote())
         except TimeoutError:
             problem, is_stuck = f"no heartbeat for {self._hang_s:.0f} s", True
         except RayError as error:
@@ -381,9 +381,7 @@ class TeacherPool:
         give_up = time.monotonic() + self._hang_s
         await asyncio.sleep(_DRAIN_S)
         try:
-            while (
-                time.monotonic() < give_up and (await _await(member.handle.heartbeat.remote())).queued_tokens
-            ):
+            while time.monotonic() < give_up and (await member.handle.heartbeat.remote()).queued_tokens:
                 await asyncio.sleep(_BEAT_S)
         except RayError as error:
             logger.info(
@@ -394,10 +392,8 @@ class TeacherPool:
 
     async def _end(self, member: _Member) -> None:
         try:
-            await asyncio.wait_for(
-                _await(member.handle.stop.remote()),
-                STOP_TIMEOUT_S if member.state in ("ready", "draining") else 1,
-            )
+            is_loaded = member.state in ("ready", "draining")
+            await _within(STOP_TIMEOUT_S if is_loaded else 1, member.handle.stop.remote())
         except (RayError, FuseLLMError, TimeoutError) as error:
             logger.info("teacher %s, replica %d: stopped hard (%s)", self._teacher.name, member.number, error)
         ray.kill(member.handle)
@@ -407,5 +403,7 @@ def _share(part: int, rest: int) -> float:
     return part / max(1, part + rest)
 
 
-async def _await(ref: Any) -> Any:
-    return await ref
+async def _within(seconds: float, ref: Any) -> Any:
+    # asyncio.wait_for swallows a cancellation that comes together with the answer (before Python 3.12).
+    async with asyncio.timeout(seconds):
+        return await ref
