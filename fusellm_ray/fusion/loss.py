@@ -19,9 +19,9 @@ from torch import Tensor
 
 from fusellm_ray.config import ObjectiveConfig
 from fusellm_ray.errors import AlignmentError
+from fusellm_ray.fusion import passes
 from fusellm_ray.fusion.divergence import Batch, differentiate, is_overtaken
 from fusellm_ray.fusion.fuse import Candidates
-from fusellm_ray.fusion.passes import outside_mass
 
 IGNORE_INDEX = -100
 
@@ -180,8 +180,7 @@ class _Head:
         """Of logits and statistics."""
         shape = (chunk_tokens, len(weight))
         self._product = hidden.new_empty(shape)
-        # The kernels widen as they read and narrow as they write; PyTorch needs a wider copy.
-        stays = hidden.dtype == self.dtype or (hidden.is_cuda and bias is None)
+        stays = hidden.dtype == self.dtype or (passes.has_kernels(hidden) and bias is None)
         self._logits = self._product if stays else hidden.new_empty(shape, dtype=self.dtype)
 
     def logits(self, rows: Tensor) -> Tensor:
@@ -263,7 +262,7 @@ def _gold_nats(chunk: Batch, hidden: Tensor, head: _Head) -> Tensor:
     """The target's cross-entropy [C], for a product with the head."""
     logits = head.logits(hidden[chunk.position])
     at_gold = logits.gather(1, chunk.gold[:, None]).squeeze(1).to(head.dtype)
-    top, outside = outside_mass(logits, chunk.gold[:, None])
+    top, outside = passes.outside_mass(logits, chunk.gold[:, None])
     return top + (outside + (at_gold - top).exp()).log() - at_gold
 
 

@@ -25,7 +25,7 @@ def outside_mass(logits: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (each row's maximum, Σ exp(logits − maximum) outside the slots), both [C], float32 or wider.
     """
-    if _has_kernels(logits):
+    if has_kernels(logits):
         from fusellm_ray.fusion.kernels import row_mass
 
         in_slots = logits.gather(1, slots).amax(1).float()
@@ -48,7 +48,7 @@ def outside_mass(logits: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
 
 def spread(logits: Tensor, top: Tensor, factor: Tensor) -> None:
     """logits := factor · exp(logits − top) outside the slots, 0 in them; after `outside_mass`, which gave `top`."""
-    if _has_kernels(logits):
+    if has_kernels(logits):
         from fusellm_ray.fusion.kernels import scaled_exp_
 
         scaled_exp_(logits, top, factor)
@@ -56,5 +56,6 @@ def spread(logits: Tensor, top: Tensor, factor: Tensor) -> None:
         logits.mul_(factor[:, None])
 
 
-def _has_kernels(logits: Tensor) -> bool:
+def has_kernels(logits: Tensor) -> bool:
+    """Whether kernels pass over logits like these; they widen as they read and narrow as they write."""
     return logits.is_cuda and logits.dtype != torch.float64
