@@ -75,13 +75,13 @@ def same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> 
 
 
 class FaultyReplica:
-    """Actor between ranks and a replica. The first time it meets a text it answers, in turn: with NaN in the
+    """Actor between ranks and a replica. To texts that were not `met` before it answers, in turn: with NaN in the
     frame, with an engine's error, as it should. With `late_s` all answers are right, and the third is that late."""
 
-    def __init__(self, replica: Any, late_s: float) -> None:
+    def __init__(self, replica: Any, late_s: float, met: set[bytes]) -> None:
         self._replica = replica
         self._late_s = late_s
-        self._met: set[bytes] = set()
+        self._met = set(met)
         self.faults = {"nan": 0, "error": 0, "late": 0}
 
     async def score(self, request: NDArray[np.uint8], run: str = "", batch: int = 0) -> NDArray[np.uint8]:
@@ -105,6 +105,9 @@ class FaultyReplica:
     async def counted(self) -> dict[str, int]:
         return self.faults
 
+    async def met(self) -> set[bytes]:
+        return self._met
+
 
 def with_nan(answer: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The frame with its last residuals overwritten: they lie before the bits of `valid`."""
@@ -123,10 +126,10 @@ class FaultyPool:
         self._replicas: dict[Any, Any] = {}
 
     async def table(self, waited_s: float = 0.0) -> HandleTable:
-        return self._wrapped(await self._pool.table.remote(waited_s))
+        return await self._wrapped(await self._pool.table.remote(waited_s))
 
     async def report(self, replica: int, reason: str) -> HandleTable:
-        return self._wrapped(await self._pool.report.remote(replica, reason))
+        return await self._wrapped(await self._pool.report.remote(replica, reason))
 
     async def status(self) -> Any:
         return await self._pool.status.remote()
@@ -135,9 +138,11 @@ class FaultyPool:
         counts = [await replica.counted.remote() for replica in self._replicas.values()]
         return {kind: sum(count[kind] for count in counts) for kind in counts[0]}
 
-    def _wrapped(self, table: HandleTable) -> HandleTable:
+    async def _wrapped(self, table: HandleTable) -> HandleTable:
+        # A replica that comes later must not answer NaN to what had NaN before: the second time ends a run.
+        met = set().union(*[await replica.met.remote() for replica in self._replicas.values()])
         for handle in table.handles.values():
             if handle not in self._replicas:
                 actor = ray.remote(FaultyReplica).options(num_cpus=0)
-                self._replicas[handle] = actor.remote(handle, self._late_s)
+                self._replicas[handle] = actor.remote(handle, self._late_s, met)
         return HandleTable({n: self._replicas[h] for n, h in table.handles.items()})
