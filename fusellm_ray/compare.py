@@ -275,9 +275,10 @@ def _content(study: Study, arm: Arm) -> Any:
     """What an arm's scores depend on, seeds and held-out text apart."""
     if arm.kind == "train":
         config = study.config(arm)
-        tree = config.model_dump(
-            mode="json", exclude={"run", "evaluation", "checkpoint", "stream", "trainer"}
-        )
+        elsewhere = {"run", "checkpoint", "stream", "trainer"}
+        if config.training.early_stop is None:
+            elsewhere.add("evaluation")
+        tree = config.model_dump(mode="json", exclude=elsewhere)
         tree["target"] |= _identity(config.target)
         tree["teachers"] = [_answers(teacher) for teacher in config.active_teachers]
         for source in tree["corpus"]["sources"]:

@@ -164,6 +164,15 @@ def test_a_result_stays_where_only_speed_and_place_change(tmp_path: Path, monkey
     assert names() == before
 
 
+def test_evaluations_are_part_of_a_result_where_they_may_end_training():
+    held_out = HUB["base"]["evaluation"] | {"every_steps": 5}
+    stopping = {"steps": 10, "early_stop": {"patience": 1}}
+    assert not changed(evaluation=held_out)
+    before = names(training=stopping, evaluation=held_out)
+    after = names(training=stopping, evaluation=held_out | {"every_steps": 2})
+    assert {arm for arm in before if before[arm] != after[arm]} == {"clm", "fused"}
+
+
 def test_a_result_belongs_to_what_latest_points_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     sources = [{"name": "x", "path": str(tmp_path / "latest" / "x.jsonl")}]
