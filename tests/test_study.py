@@ -43,8 +43,9 @@ def study(*arms: dict[str, Any], **changes: Any) -> Any:
 def test_every_shipped_study_loads(path: Path):
     loaded = load_study(path)
     assert loaded.name == path.stem
+    shared = loaded.config().training.model_dump(exclude={"lr"})  # the same text, in the same steps
     for arm in loaded.arms:
-        assert arm.kind != "train" or loaded.config(arm).training == loaded.config().training
+        assert arm.kind != "train" or loaded.config(arm).training.model_dump(exclude={"lr"}) == shared
 
 
 def test_overrides_reach_the_study_and_its_base(tmp_path: Path):
