@@ -61,7 +61,7 @@ class Chaos(Display):
 
     def _kill(self) -> bool:
         is_rank = self._random.random() < RANK_SHARE
-        titles = ["ray::RayTrainWorker"] if is_rank else ["ray::TeacherReplica", "ray::TeacherPool"]
+        titles = ["ray::RayTrainWorker"] if is_rank else ["ray::TeacherReplica", "ray::PoolSupervisor"]
         found = [(pid, title) for title in titles for pid in own_processes(title)]
         if not found:
             return False

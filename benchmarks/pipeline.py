@@ -53,7 +53,7 @@ class Probe(Display):
             self.samples.append(self._sample())
 
     def _sample(self) -> dict[str, float]:
-        stats = [s for pool in self._pools.values() for s in ray.get(pool.stats.remote()).values()]
+        stats = [s for name, pool in self._pools.items() for s in ray.get(pool.stats.remote(name)).values()]
         return {
             "all": _cpu_seconds(),
             "teachers": sum(s.model_cpu_s for s in stats),

@@ -166,7 +166,7 @@ def measure(config: Config, addresses: dict[str, TeacherAddress], num_tokens: in
     readers = {i: ShardReader(corpus, tokenizer, i, rows, config.corpus.row_tokens) for i in range(rows)}
     stream = TeacherStream(list(addresses.values()), config.stream, tokenizer.vocab_size)
     batches = RankBatches(readers, stream, config, pad_id=0, num_micro=1, device=torch.device("cpu"))
-    tables = ray.get([address.pool.table.remote() for address in addresses.values()])
+    tables = ray.get([address.pool.table.remote(name) for name, address in addresses.items()])
     descriptions = ray.get([h.describe.remote() for table in tables for h in table.handles.values()])
     pids = {"rank": os.getpid(), **{d.name: d.pid for d in descriptions}}
 

@@ -39,7 +39,7 @@ from fusellm_ray.quickstart.zoo import OnProgress, build_zoo, point_latest
 from fusellm_ray.report.write import write_report
 from fusellm_ray.study import Arm, Study
 from fusellm_ray.target.storage import STEP_FOLDER
-from fusellm_ray.teachers.service import start_pool, stop_pools
+from fusellm_ray.teachers.service import stop_pools, supervise
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +173,7 @@ class _Teachers:
         keys = _pool_keys(config)
         for teacher in config.active_teachers:
             if keys[teacher.name] not in self._pools:
-                self._pools[keys[teacher.name]] = start_pool(config, teacher)
+                self._pools[keys[teacher.name]] = supervise(config, [teacher])
         return {name: self._pools[key] for name, key in keys.items()}
 
     def keep(self, configs: Iterable[Config]) -> None:

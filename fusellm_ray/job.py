@@ -144,8 +144,8 @@ def run_job(
             )
             return _fit(config, addresses, identity, checkpoints, display, log, stop, disk)
         except KeyboardInterrupt:
-            for pool in own_pools.values():
-                ray.kill(pool)  # its replicas go with it
+            for supervisor in set(own_pools.values()):
+                ray.kill(supervisor)  # replicas go with it
             own_pools = {}
             raise
         finally:

@@ -44,13 +44,13 @@ class Injector(Display):
         return [record["loss"] for record in self.records if record["event"] == "step"]
 
 
-def replica_pids(pool: Any) -> list[int]:
-    table = ray.get(pool.table.remote())
+def replica_pids(teacher: str, pool: Any) -> list[int]:
+    table = ray.get(pool.table.remote(teacher))
     return [d.pid for d in ray.get([h.describe.remote() for h in table.handles.values()])]
 
 
 def own_processes(title: str) -> list[int]:
-    """Processes below this one whose title begins like this, for instance ray::TeacherPool."""
+    """Processes below this one whose title begins like this, for instance ray::PoolSupervisor."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
@@ -125,14 +125,14 @@ class FaultyPool:
         self._late_s = late_s
         self._replicas: dict[Any, Any] = {}
 
-    async def table(self, waited_s: float = 0.0) -> HandleTable:
-        return await self._wrapped(await self._pool.table.remote(waited_s))
+    async def table(self, teacher: str, waited_s: float = 0.0) -> HandleTable:
+        return await self._wrapped(await self._pool.table.remote(teacher, waited_s))
 
-    async def report(self, replica: int, reason: str) -> HandleTable:
-        return await self._wrapped(await self._pool.report.remote(replica, reason))
+    async def report(self, teacher: str, replica: int, reason: str) -> HandleTable:
+        return await self._wrapped(await self._pool.report.remote(teacher, replica, reason))
 
-    async def status(self) -> Any:
-        return await self._pool.status.remote()
+    async def status(self, teacher: str) -> Any:
+        return await self._pool.status.remote(teacher)
 
     async def counted(self) -> dict[str, int]:
         counts = [await replica.counted.remote() for replica in self._replicas.values()]

@@ -73,8 +73,8 @@ def test_killed_replicas_a_killed_pool_and_wrong_answers_change_no_bit(
     faulty: Any = ray.remote(FaultyPool).options(num_cpus=0).remote(pools["right"])
     seen = Injector(
         {
-            2: lambda: kill(replica_pids(pools["left"])[0]),
-            6: lambda: [kill(pid) for pid in own_processes("ray::TeacherPool")],  # replicas go with them
+            2: lambda: kill(replica_pids("left", pools["left"])[0]),
+            6: lambda: [kill(pid) for pid in own_processes("ray::PoolSupervisor")],  # replicas go with them
         }
     )
     config = named(tree, "disturbed")
@@ -133,7 +133,7 @@ def test_a_run_goes_on_without_a_lost_teacher_and_takes_it_back(
     tree: dict[str, Any], pools: dict[str, Any], undisturbed: tuple[list[float], dict[str, torch.Tensor]]
 ) -> None:
     wait_ready(pools, 300)
-    seen = Thawing(replica_pids(pools["left"]))
+    seen = Thawing(replica_pids("left", pools["left"]))
     lossy = {"on_teacher_loss": "drop", "loss_deadline_s": 2}
     # What pools do about a hanging replica waits for half of deadline_s, 150 s here.
     config = named(tree, "dropping", stream=lossy, training={"steps": 5000})
@@ -160,7 +160,7 @@ def test_a_run_goes_on_without_a_lost_teacher_and_takes_it_back(
 
 def test_under_fail_the_run_ends_with_the_cause(tree: dict[str, Any], pools: dict[str, Any]) -> None:
     wait_ready(pools, 300)
-    (frozen,) = replica_pids(pools["right"])
+    (frozen,) = replica_pids("right", pools["right"])
     seen = Injector({2: lambda: os.kill(frozen, signal.SIGSTOP)})
     config = named(tree, "failing", stream={"on_teacher_loss": "fail", "loss_deadline_s": 3})
     try:

@@ -14,8 +14,8 @@ from fusellm_ray.config import Config, Resources
 from fusellm_ray.errors import ClusterError
 from fusellm_ray.plan import require_resources
 from fusellm_ray.stream.memory import NO_DISK_ENVIRONMENT, DiskWatch, refuse_disk, ways_to_disk
-from fusellm_ray.teachers.pool import TeacherPool
 from fusellm_ray.teachers.service import stop_pools, wait_ready
+from fusellm_ray.teachers.supervisor import PoolSupervisor
 
 ON_A_CLUSTER_LIKE_RAYS_DEFAULT = """
 import numpy, ray
@@ -83,10 +83,10 @@ def test_labels_that_no_node_has_are_missing_at_the_start(ray_session: None) -> 
 
 def test_replicas_wait_for_a_node_with_their_labels(ray_session: None) -> None:
     config = run_config(labels={"zone": "moon"})
-    pool = ray.remote(TeacherPool).options(num_cpus=0)
-    pools = {"placed": pool.remote(config.teachers[0], config.target, config.alignment, hang_s=60)}
+    options = {"target": config.target, "alignment": config.alignment, "hang_s": 60}
+    pools = {"placed": ray.remote(PoolSupervisor).options(num_cpus=0).remote(config.teachers, **options)}
     try:
-        ray.get(pools["placed"].status.remote())
+        ray.get(pools["placed"].status.remote("placed"))
         with pytest.raises(ClusterError, match=r"asks for CPU 0\.1 on a node with zone=moon"):
             wait_ready(pools, 1)
     finally:

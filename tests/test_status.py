@@ -151,7 +151,7 @@ def test_a_pool_that_died_is_reported_and_the_others_are_still_asked(ray_session
     class Pool:
         """As much of a pool as is asked."""
 
-        def status(self) -> PoolStatus:
+        def status(self, teacher: str) -> PoolStatus:
             return PoolStatus(
                 name="a",
                 wanted=2,
@@ -169,11 +169,11 @@ def test_a_pool_that_died_is_reported_and_the_others_are_still_asked(ray_session
             )
 
     pools = {"alive": Pool.remote(), "dead": Pool.remote()}
-    ray.get([pool.status.remote() for pool in pools.values()])
+    ray.get([pool.status.remote(name) for name, pool in pools.items()])
     ray.kill(pools["dead"])
     with contextlib.suppress(ray.exceptions.RayActorError):
         while True:  # the kill takes its time
-            ray.get(pools["dead"].status.remote())
+            ray.get(pools["dead"].status.remote("dead"))
     watch = PoolWatch(pools, every_s=30)
     deadline = time.monotonic() + 60
     while not (states := watch.poll()) and time.monotonic() < deadline:

@@ -23,10 +23,10 @@ from fusellm_ray.errors import AlignmentError, ClusterError, ConfigError, FrameE
 from fusellm_ray.stream.address import TeacherAddress
 from fusellm_ray.stream.client import TeacherStream
 from fusellm_ray.stream.frame import decode_frame, encode_request
-from fusellm_ray.teachers.pool import TeacherPool
 from fusellm_ray.teachers.report import Description
 from fusellm_ray.teachers.scoring import TeacherScorer
 from fusellm_ray.teachers.service import start_pools, stop_pools, wait_ready
+from fusellm_ray.teachers.supervisor import PoolSupervisor
 from tests.models import tiny_model
 from tests.tokenizers import VOCAB_SIZE, build, training_text
 
@@ -106,7 +106,7 @@ class Service:
         return TeacherStream(addresses, StreamConfig(**{"deadline_s": PATIENCE_S, **config}), VOCAB_SIZE)
 
     def replicas(self, teacher: str) -> list[Description]:
-        table = ray.get(self.pools[teacher].table.remote())
+        table = ray.get(self.pools[teacher].table.remote(teacher))
         return ray.get([handle.describe.remote() for handle in table.handles.values()])
 
     def alone(self, asked: list[list[Segment]], *names: str) -> list[list[list[Aligned]]]:
@@ -217,7 +217,7 @@ def test_two_teachers_with_other_tokenizers_answer_as_they_do_alone(
         assert (traffic.answers, traffic.positions, traffic.retries) == (12, positions, 0)
         assert 0 < traffic.answer_bytes < positions * 60
     assert stream.wait_s > 0
-    stats = ray.get(real.pools["uni"].stats.remote())[0]
+    stats = ray.get(real.pools["uni"].stats.remote("uni"))[0]
     assert stats.positions == positions
     assert stats.segments == 36
     assert stats.coverage == pytest.approx(coverage, abs=0.05)
@@ -381,7 +381,7 @@ def test_under_drop_batches_go_on_without_a_frozen_teacher_until_it_is_back(
 def test_a_slow_teacher_grows_while_ranks_wait_and_shrinks_after(models: dict[str, Path]) -> None:
     config = run_config(models, {**simulated(models, tokens_per_s=3000), "replicas": {"min": 1, "max": 2}})
     (teacher,) = config.teachers
-    pool = ray.remote(TeacherPool).remote(teacher, config.target, config.alignment, 60, scale_s=0.5)
+    pool = ray.remote(PoolSupervisor).remote([teacher], config.target, config.alignment, 60, scale_s=0.5)
     pools = {"sim": pool}
     try:
         (description,) = wait_ready(pools, PATIENCE_S).values()
@@ -392,20 +392,22 @@ def test_a_slow_teacher_grows_while_ranks_wait_and_shrinks_after(models: dict[st
         while not grown:
             stream = TeacherStream([address], StreamConfig(in_flight_tokens=4000), VOCAB_SIZE)
             seen = list(stream.join(asked))
-            grown = len(ray.get(pool.table.remote()).handles) == 2
-        (up,) = ray.get(pool.status.remote()).decisions
+            grown = len(ray.get(pool.table.remote("sim")).handles) == 2
+        (up,) = ray.get(pool.status.remote("sim")).decisions
         assert up.replicas == 2
         assert "ranks wait" in up.reason
 
         pids = [
             d.pid
-            for d in ray.get([h.describe.remote() for h in ray.get(pool.table.remote()).handles.values()])
+            for d in ray.get(
+                [h.describe.remote() for h in ray.get(pool.table.remote("sim")).handles.values()]
+            )
         ]
         give_up = time.monotonic() + PATIENCE_S
         while all(map(is_alive, pids)):
             assert time.monotonic() < give_up, "no replica was drained"
             time.sleep(0.5)
-        assert len(ray.get(pool.table.remote()).handles) == 1
+        assert len(ray.get(pool.table.remote("sim")).handles) == 1
         seen = list(TeacherStream([address], StreamConfig(), VOCAB_SIZE).join(asked))
     finally:
         stop_pools(pools)
@@ -451,7 +453,7 @@ def test_what_the_cluster_lacks_is_said_instead_of_waited_for(models: dict[str, 
     )
     said: list[dict[str, str]] = []
     try:
-        ray.get(pools["sim"].status.remote())
+        ray.get(pools["sim"].status.remote("sim"))
         with pytest.raises(ClusterError, match=r"each asks for CPU 0\.5, GPU 3\. The cluster has CPU 8"):
             wait_ready(pools, 1, on_progress=said.append)
     finally:

@@ -199,7 +199,7 @@ class TeacherStream:
         waited_s = teacher.traffic.wait_s - teacher.reported_wait_s
         teacher.reported_wait_s = teacher.traffic.wait_s
         teacher.refresh_at = self._now() + REFRESH_S
-        teacher.table_ref = teacher.address.pool.table.remote(waited_s)
+        teacher.table_ref = teacher.address.pool.table.remote(teacher.address.name, waited_s)
         self._awaited[teacher.table_ref] = (teacher, None)
 
     # ------------------------------------------------------------------------------------ receiving
@@ -285,7 +285,9 @@ class TeacherStream:
             # That replica is gone for now: the pool looks at it and says who is left.
             teacher.handles.pop(replica, None)
             if teacher.table_ref is None:
-                teacher.table_ref = teacher.address.pool.report.remote(replica, summary_of(cause))
+                teacher.table_ref = teacher.address.pool.report.remote(
+                    teacher.address.name, replica, summary_of(cause)
+                )
                 self._awaited[teacher.table_ref] = (teacher, None)
         teacher.traffic.retries += 1
         if not request.attempts and request.batch in teacher.in_flight:  # else another attempt is still out
@@ -333,7 +335,9 @@ class TeacherStream:
         teacher.last_problem = f"replica {late}: no answer within {self._attempt_s:.1f} s"
         request.sent_at = self._now()
         if teacher.table_ref is None:
-            teacher.table_ref = teacher.address.pool.report.remote(late, teacher.last_problem)
+            teacher.table_ref = teacher.address.pool.report.remote(
+                teacher.address.name, late, teacher.last_problem
+            )
             self._awaited[teacher.table_ref] = (teacher, None)
         if untried:
             teacher.traffic.retries += 1

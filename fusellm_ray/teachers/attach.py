@@ -21,7 +21,7 @@ from fusellm_ray.errors import ClusterError, ConfigError, FuseLLMError
 from fusellm_ray.stream.failures import cause_of, summary_of
 from fusellm_ray.teachers.identity import answer_settings, differences
 from fusellm_ray.teachers.report import Description, PoolStatus
-from fusellm_ray.teachers.service import get_status, start_pool, stop_pools, wait_ready
+from fusellm_ray.teachers.service import get_status, stop_pools, supervise, wait_ready
 
 NAMESPACE = "fusellm_ray"
 _ANSWER_S = 10.0
@@ -88,8 +88,8 @@ def bring_up(
     try:
         for teacher in config.active_teachers:
             if pools[teacher.name] is None:
-                started[teacher.name] = start_pool(
-                    config, teacher, name=_actor(teacher.name), namespace=NAMESPACE, lifetime="detached"
+                started[teacher.name] = supervise(
+                    config, [teacher], name=_actor(teacher.name), namespace=NAMESPACE, lifetime="detached"
                 )
         descriptions = wait_ready(pools | started, config.run.start_timeout_s, on_progress)
         _refuse_differences(config, pools | started, target_tokenizer)
@@ -128,7 +128,7 @@ def statuses(config: Config) -> dict[str, PoolStatus | str]:
     found: dict[str, PoolStatus | str] = {}
     for teacher in config.active_teachers:
         pool = find_pool(teacher.name)
-        found[teacher.name] = "does not run" if pool is None else _status_or_problem(pool)
+        found[teacher.name] = "does not run" if pool is None else _status_or_problem(teacher.name, pool)
     return found
 
 
@@ -197,8 +197,8 @@ def _actor(teacher: str) -> str:
     return f"teacher:{teacher}"
 
 
-def _status_or_problem(pool: Any) -> PoolStatus | str:
-    answer = pool.status.remote()
+def _status_or_problem(teacher: str, pool: Any) -> PoolStatus | str:
+    answer = pool.status.remote(teacher)
     answered, _ = ray.wait([answer], timeout=_ANSWER_S)
     if not answered:
         return f"no answer from its pool within {_ANSWER_S:.0f} s"
@@ -212,7 +212,7 @@ def _refuse_differences(config: Config, pools: dict[str, Any], target_tokenizer:
     for teacher in config.active_teachers:
         if teacher.name not in pools:
             continue
-        status = _status_or_problem(pools[teacher.name])
+        status = _status_or_problem(teacher.name, pools[teacher.name])
         if isinstance(status, str):
             raise ClusterError(
                 f"teacher {teacher.name} runs, and cannot work: {status}; look at its log, then "

@@ -1,6 +1,6 @@
 """The replicas of one teacher: started in parallel, watched, replaced, and announced to ranks as a table.
 
-    driver ── service ─────→ TeacherPool (one small actor a teacher)
+    driver ── service ─────→ TeacherPool (one a teacher, in the actor of `supervisor`)
                                  ├─ tends ─→ TeacherReplica 0, 1, ...
     ranks  ── table, report ─────┘            ↑
        └───── score ──────────────────────────┘
@@ -74,7 +74,7 @@ class _Member:
 
 
 class TeacherPool:
-    """Async Ray actor, one a teacher."""
+    """Part of `supervisor.PoolSupervisor`; made where an event loop runs."""
 
     def __init__(
         self,

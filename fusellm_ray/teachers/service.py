@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -13,27 +13,30 @@ from fusellm_ray.config import Config, TeacherConfig
 from fusellm_ray.errors import ClusterError, FuseLLMError
 from fusellm_ray.models import model_facts
 from fusellm_ray.stream.failures import cause_of, summary_of
-from fusellm_ray.teachers.pool import STOP_TIMEOUT_S, TeacherPool
+from fusellm_ray.teachers.pool import STOP_TIMEOUT_S
 from fusellm_ray.teachers.report import Description, PoolStatus
+from fusellm_ray.teachers.supervisor import PoolSupervisor
 
 
 def start_pools(config: Config) -> dict[str, Any]:
-    """Begin to start every teacher that the run listens to; returns the pools' handles by teacher."""
-    return {teacher.name: start_pool(config, teacher) for teacher in config.active_teachers}
+    """Begin to start every teacher that the run listens to; returns whom to ask, by teacher."""
+    if not config.active_teachers:
+        return {}
+    return dict.fromkeys([t.name for t in config.active_teachers], supervise(config, config.active_teachers))
 
 
-def start_pool(config: Config, teacher: TeacherConfig, **options: Any) -> Any:
-    """Begin to start one teacher; `options` are Ray's, for the pool's actor.
+def supervise(config: Config, teachers: Sequence[TeacherConfig], **options: Any) -> Any:
+    """Begin to start some teachers; returns their `PoolSupervisor`. `options` are Ray's, for this actor.
 
     Raises:
         ModelError: the target cannot be read.
     """
     target_vocab_size = model_facts(config.target).vocab_size
     return (
-        ray.remote(TeacherPool)
+        ray.remote(PoolSupervisor)
         .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, **options)
         .remote(
-            teacher,
+            teachers,
             config.target,
             config.alignment,
             config.stream.deadline_s / 2,
@@ -66,7 +69,7 @@ def wait_ready(
     said: dict[str, str] = {}
     while True:
         for name, pool in pools.items():
-            asked.setdefault(name, pool.status.remote())
+            asked.setdefault(name, pool.status.remote(name))
         answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=0.5)
         for name in [name for name, ref in asked.items() if ref in answered]:
             statuses[name] = get_status(asked.pop(name))
@@ -110,7 +113,7 @@ class PoolWatch:
             answers = {name: self._answer(ref, is_late=ref in waiting) for name, ref in self._asked.items()}
             self._asked = {}
         if is_due:
-            self._asked = {name: pool.status.remote() for name, pool in self._pools.items()}
+            self._asked = {name: pool.status.remote(name) for name, pool in self._pools.items()}
             self._round_at = time.monotonic() + self._every_s
         return answers
 
@@ -127,12 +130,13 @@ class PoolWatch:
 
 
 def stop_pools(pools: Mapping[str, Any]) -> None:
-    """End pools and replicas, and wait for it. Idempotent."""
-    stops = [pool.stop.remote() for pool in pools.values()]
+    """End supervisors and all their replicas, and wait for it. Idempotent."""
+    supervisors = set(pools.values())
+    stops = [supervisor.stop.remote() for supervisor in supervisors]
     if stops:
         ray.wait(stops, num_returns=len(stops), timeout=STOP_TIMEOUT_S + 5)
-    for pool in pools.values():
-        ray.kill(pool)
+    for supervisor in supervisors:
+        ray.kill(supervisor)
 
 
 def get_status(answer: Any) -> PoolStatus:
