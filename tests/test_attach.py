@@ -60,7 +60,7 @@ def up(ray_session: None, tree: dict[str, Any], tmp_path_factory: pytest.TempPat
 
 
 def pids(config: Config) -> dict[str, list[int]]:
-    tables = {t.name: ray.get(find_pool(t.name).table.remote()) for t in config.active_teachers}
+    tables = {t.name: ray.get(find_pool(t.name).table.remote(t.name)) for t in config.active_teachers}
     return {
         name: [d.pid for d in ray.get([h.describe.remote() for h in table.handles.values()])]
         for name, table in tables.items()
@@ -90,7 +90,7 @@ def test_runs_share_the_teachers_and_leave_them_running(up: str, tree: dict[str,
         }
         assert run_job(parse_config(named), attached=True).is_finished
     for name in ("left", "right"):  # the second run asked for what the first had asked for
-        (stats,) = ray.get(find_pool(name).stats.remote()).values()
+        (stats,) = ray.get(find_pool(name).stats.remote(name)).values()
         assert stats.cache_hits > 0
         assert stats.positions < stats.answered
     assert pids(config) == before

@@ -27,6 +27,6 @@ class TeacherAddress:
     """Answers that carry another one are refused."""
     top_k: int
     pool: Any
-    """Actor handle with `table(teacher, waited_s)` and `report(teacher, replica, reason)`: both give a `HandleTable`."""
+    """Actor handle; `table(teacher, waited_s)` and `report(teacher, replica, reason)` give a `HandleTable`."""
     run: str = ""
     """Who asks: a replica that several runs share serves them in turn."""
