@@ -125,6 +125,27 @@ class Workspace(NamedTuple):
 
 
 @compiled
+def add_up(top_ids, top_mass, gold, vocab_size, max_mass, total, gaps):
+    """Fill `total` and `gaps` of `TeacherRows`.
+
+    Returns:
+        Whether all ids are of the vocabulary, and all rows and realised tokens have masses that can be.
+    """
+    for q in range(len(gold)):
+        mass = 0.0
+        for c in range(top_ids.shape[1]):
+            if not 0 <= top_ids[q, c] < vocab_size:
+                return False
+            mass += top_mass[q, c]
+        is_gap = np.isnan(gold[q])
+        if not is_gap and not (mass <= max_mass and -np.inf < gold[q] <= max_mass - 1.0):
+            return False
+        total[q + 1] = total[q] + (0.0 if is_gap else gold[q])
+        gaps[q + 1] = gaps[q] + is_gap
+    return True
+
+
+@compiled
 def read_logprobs(text, positions, rows, tables, read):
     """Fill `read`."""
     for i in range(len(positions.ends)):

@@ -26,6 +26,7 @@ from fusellm_ray.alignment.marginals import (
     Tables,
     TeacherRows,
     Workspace,
+    add_up,
     project,
     read_logprobs,
 )
@@ -185,44 +186,40 @@ def _checked_rows(
             f"teacher: {num_tokens} tokens need {m} rows, got top_ids {top_ids.shape}, "
             f"top_logprobs {top_logprobs.shape}, gold_logprobs {gold.shape}"
         )
-    if top_ids.size and (top_ids.min() < 0 or top_ids.max() >= vocab_size):
-        raise AlignmentError(
-            f"teacher: top_ids from {top_ids.min()} to {top_ids.max()}, vocabulary {vocab_size}; "
-            "load its tokenizer with its model's vocab_size"
-        )
-    is_gap = np.isnan(gold)
-    top_logprobs = np.ascontiguousarray(top_logprobs, np.float32)
+    top_ids, top_logprobs = frozen(top_ids, np.int32), frozen(top_logprobs, np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        top_mass = np.exp(top_logprobs)
-        total_mass = top_mass.sum(1)
-    if (row := _first(~(total_mass <= _MAX_MASS) & ~is_gap)) is not None:  # NaN is not at most anything
-        raise AlignmentError(
-            f"teacher: the probabilities of row {row} sum to {total_mass[row]:.4f}, more than {_MAX_MASS}; "
-            "give logprobs in nats, normalised over the whole vocabulary"
-        )
-    if (row := _first(np.isinf(gold) | (gold > _MAX_MASS - 1))) is not None:
-        raise AlignmentError(
-            f"teacher: gold_logprobs[{row}] is {gold[row]}; a realised token has a probability above 0 and at "
-            "most 1 (NaN says that there is no distribution)"
-        )
+        top_mass = frozen(np.exp(top_logprobs), np.float32)
+    gold = frozen(gold, np.float32)
     total, gaps = np.zeros(num_tokens), np.zeros(num_tokens, np.int32)
-    np.cumsum(np.where(is_gap, 0.0, gold), out=total[1:])
-    np.cumsum(is_gap, out=gaps[1:])
+    if not add_up(top_ids, top_mass, gold, vocab_size, _MAX_MASS, total, gaps):
+        raise AlignmentError(_problem(top_ids, top_mass, gold, vocab_size))
     return TeacherRows(
-        teacher.ids,
-        teacher.ends,
-        frozen(top_ids, np.int32),
-        frozen(top_logprobs, np.float32),
-        frozen(top_mass, np.float32),
-        frozen(gold, np.float32),
-        total,
-        gaps,
-        teacher.has_bos,
+        teacher.ids, teacher.ends, top_ids, top_logprobs, top_mass, gold, total, gaps, teacher.has_bos
     )
 
 
-def _first(wrong: NDArray[np.bool_]) -> int | None:
-    return int(wrong.argmax()) if wrong.any() else None
+def _problem(
+    top_ids: NDArray[np.int32], top_mass: NDArray[np.float32], gold: NDArray[np.float32], vocab_size: int
+) -> str:
+    """What `add_up` found."""
+    if top_ids.size and (top_ids.min() < 0 or top_ids.max() >= vocab_size):
+        return (
+            f"teacher: top_ids from {top_ids.min()} to {top_ids.max()}, vocabulary {vocab_size}; "
+            "load its tokenizer with its model's vocab_size"
+        )
+    wrong = np.isinf(gold) | (gold > _MAX_MASS - 1)
+    if wrong.any():
+        row = int(wrong.argmax())
+        return (
+            f"teacher: gold_logprobs[{row}] is {gold[row]}; a realised token has a probability above 0 and at "
+            "most 1 (NaN says that there is no distribution)"
+        )
+    total_mass = top_mass.sum(1)
+    row = int((~(total_mass <= _MAX_MASS) & ~np.isnan(gold)).argmax())  # NaN is not at most anything
+    return (
+        f"teacher: the probabilities of row {row} sum to {total_mass[row]:.4f}, more than {_MAX_MASS}; "
+        "give logprobs in nats, normalised over the whole vocabulary"
+    )
 
 
 def _spellings(tokens: list[bytes]) -> NDArray[np.int32]:
