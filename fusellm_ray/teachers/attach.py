@@ -186,7 +186,7 @@ def print_statuses(found: dict[str, PoolStatus | str]) -> None:
 
 
 def find_pool(teacher: str) -> Any | None:
-    """The running pool of a teacher, if there is one."""
+    """The supervisor of a running teacher's pool, if there is one."""
     try:
         return ray.get_actor(_actor(teacher), namespace=NAMESPACE)
     except ValueError:
