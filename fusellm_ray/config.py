@@ -293,7 +293,7 @@ class FusionConfig(Frozen):
 class ObjectiveConfig(Frozen):
     """loss = clm_weight · CLM + (1 − clm_weight) · divergence(fused ‖ target)."""
 
-    clm_weight: float = Field(default=0.9, ge=0, le=1)
+    clm_weight: float = Field(default=0.4, ge=0, le=1)
     """λ in the paper."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     tail: Literal["bucket", "renormalise", "drop"] = "bucket"
