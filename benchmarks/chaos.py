@@ -1,10 +1,10 @@
 """What random kills do to a run: `python -m benchmarks.chaos --kills 50`.
 
 The same small run twice, on a private Ray each: once left alone, once with processes killed (SIGKILL) as its steps
-go by: replicas, pools, and one time in ten a trainer rank. Teachers are simulated, two with two replicas each, and
-slow enough that requests are out at any time. `lost` and `duplicated` are tokens, step by step against the run left
-alone; a step that a restarted rank repeats from its checkpoint replaces the one before. The last line is one JSON
-object.
+go by: replicas, the supervisor (all replicas go with it), and one time in ten a trainer rank. Teachers are simulated,
+two with two replicas each, and slow enough that requests are out at any time. `lost` and `duplicated` are tokens, step
+by step against the run left alone; a step that a restarted rank repeats from its checkpoint replaces the one before.
+The last line is one JSON object.
 """
 
 from __future__ import annotations

@@ -94,15 +94,15 @@ class Replica:
 
 
 class Table:
-    """Actor in place of a pool: its replicas are always the same."""
+    """Actor in place of a supervisor: its replicas are always the same."""
 
     def __init__(self, replicas: list[Replica]) -> None:
         self._table = HandleTable(dict(enumerate(replicas)))
 
-    async def table(self, waited_s: float = 0.0) -> HandleTable:
+    async def table(self, teacher: str, waited_s: float = 0.0) -> HandleTable:
         return self._table
 
-    async def report(self, replica: int, reason: str) -> HandleTable:
+    async def report(self, teacher: str, replica: int, reason: str) -> HandleTable:
         return self._table
 
 

@@ -142,6 +142,14 @@ class Replicas(Frozen):
         return self
 
 
+_RAY_RESOURCES = {
+    "CPU": "use num_cpus",
+    "GPU": "use num_gpus",
+    "memory": "leave it out",
+    "object_store_memory": "leave it out",
+}
+
+
 class Resources(Frozen):
     """What one replica asks Ray for."""
 
@@ -153,6 +161,16 @@ class Resources(Frozen):
     labels: dict[str, str] = {}
     """Ray labels that its node must have, for instance {ray.io/accelerator-type: H100}; also "!H100", "in(H100, H200)"
     and "!in(...)"."""
+
+    @field_validator("custom")
+    @classmethod
+    def _custom(cls, custom: dict[str, float]) -> dict[str, float]:
+        for name, amount in custom.items():
+            if name in _RAY_RESOURCES:
+                raise ValueError(f"{name} is no custom resource; {_RAY_RESOURCES[name]}")
+            if amount < 0:
+                raise ValueError(f"{name}: {amount} is below 0")
+        return custom
 
     @field_validator("labels")
     @classmethod

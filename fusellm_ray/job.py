@@ -387,7 +387,7 @@ def _fit(
             for record in records:
                 notes = losses.notes(record)
                 if record["event"] == "end":
-                    record["spilled_bytes"] = disk.look()
+                    record["spilled_bytes"] = disk.count()
                     record |= {"dropped_tokens": losses.dropped_tokens} if losses.dropped_tokens else {}
                 log.write(record)
                 sinks.write(record)

@@ -118,7 +118,7 @@ def with_nan(answer: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 class FaultyPool:
-    """Actor between ranks and a pool: its table holds a `FaultyReplica` before each replica."""
+    """Actor between ranks and a supervisor: its table holds a `FaultyReplica` before each replica."""
 
     def __init__(self, pool: Any, late_s: float = 0.0) -> None:
         self._pool = pool

@@ -64,7 +64,7 @@ def undisturbed(
     return seen.losses, weights(config, tmp_path_factory.mktemp("undisturbed") / "export")
 
 
-def test_killed_replicas_a_killed_pool_and_wrong_answers_change_no_bit(
+def test_killed_replicas_a_killed_supervisor_and_wrong_answers_change_no_bit(
     tree: dict[str, Any],
     pools: dict[str, Any],
     undisturbed: tuple[list[float], dict[str, torch.Tensor]],

@@ -72,6 +72,18 @@ def test_a_selector_that_ray_could_not_read_is_refused(selector: str) -> None:
         Resources(labels={"zone": selector})
 
 
+@pytest.mark.parametrize(
+    ("custom", "message"),
+    [
+        ({"CPU": 1}, "CPU is no custom resource; use num_cpus"),
+        ({"teacher_slot": -1}, "teacher_slot: -1.0 is below 0"),
+    ],
+)
+def test_custom_resources_that_ray_would_refuse_are_refused(custom: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Resources(custom=custom)
+
+
 def test_labels_that_no_node_has_are_missing_at_the_start(ray_session: None) -> None:
     assert require_resources(run_config()) is None
     with pytest.raises(ClusterError, match="teacher placed: no node with zone=moon that holds a replica"):

@@ -238,7 +238,7 @@ def test_killed_replicas_change_nothing_in_what_is_joined(real: Service, models:
     wait_ready(real.pools, PATIENCE_S)
 
 
-def test_a_killed_pool_comes_back_with_replicas(models: dict[str, Path]) -> None:
+def test_a_killed_supervisor_comes_back_with_replicas(models: dict[str, Path]) -> None:
     asked = batches(models, 10)
     with Service(run_config(models, simulated(models))) as service:
         seen: Joined = []

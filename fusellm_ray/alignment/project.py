@@ -128,7 +128,7 @@ class Aligner:
             scored[-1] = False  # the target does not predict this end: neither is the teacher judged on it
         return Aligned(
             *result,
-            teacher_nats=-float(rows.gold[scored].sum(dtype=np.float64)),
+            teacher_nats=max(0.0, -float(rows.gold[scored].sum(dtype=np.float64))),  # rounding may pass 1
             teacher_tokens=int(scored.sum()),
             teacher_bytes=int(np.diff(rows.ends)[scored].sum()),
         )
@@ -214,7 +214,7 @@ def _problem(
             f"teacher: gold_logprobs[{row}] is {gold[row]}; a realised token has a probability above 0 and at "
             "most 1 (NaN says that there is no distribution)"
         )
-    total_mass = top_mass.sum(1)
+    total_mass = top_mass.sum(1, dtype=np.float64)
     row = int((~(total_mass <= _MAX_MASS) & ~np.isnan(gold)).argmax())  # NaN is not at most anything
     return (
         f"teacher: the probabilities of row {row} sum to {total_mass[row]:.4f}, more than {_MAX_MASS}; "

@@ -386,7 +386,7 @@ def _arrays(header: Mapping[str, Any], start: int, raw: Buffer, layout: Layout) 
 
 def _length(header: Mapping[str, Any], field: str) -> int:
     value = header.get(field)
-    if type(value) is not int or value < 0:
+    if type(value) is not int or not 0 <= value < 1 << 32:
         _refuse(field, f"{value!r:.200} is no length")
     return value
 

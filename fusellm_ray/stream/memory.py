@@ -38,7 +38,7 @@ _RPC_S = 5.0
 
 
 def refuse_disk(checked: Iterable[str] = ()) -> set[str]:
-    """Check every node of the cluster but those that were checked; give the ids of all that are there.
+    """Check every node of the cluster but those that were checked; give the ids of all that have been by now.
 
     Raises:
         ClusterError: naming the nodes that would write to disk, and what to set.
@@ -53,13 +53,15 @@ def refuse_disk(checked: Iterable[str] = ()) -> set[str]:
         )  # this process has started it, and gave it its own
     else:
         environments = _environments(list(nodes))
-    found = []
+    found: list[str] = []
+    silent: set[str] = set()
     for node_id, node in nodes.items():
-        environment = environments.get(node_id)
-        if environment is None:
+        environment, system_config = environments.get(node_id), _system_config(node)
+        if environment is None or system_config is None:
             logger.warning("node %s did not say whether it spills objects", node["NodeManagerAddress"])
+            silent.add(node_id)
             continue
-        ways = ways_to_disk(_system_config(node), environment)
+        ways = ways_to_disk(system_config, environment)
         if ways:
             found.append(f"node {node['NodeManagerAddress']} ({node_id[:8]}): {' and '.join(ways)}")
     if found:
@@ -70,7 +72,7 @@ def refuse_disk(checked: Iterable[str] = ()) -> set[str]:
             + "\n  ".join(shown)
             + f"\nstart Ray on every node with {settings} in its environment, or set stream.allow_spilling: true"
         )
-    return set(alive)
+    return set(alive) - silent
 
 
 def ways_to_disk(system_config: Mapping[str, Any], environment: Mapping[str, str]) -> list[str]:
@@ -104,13 +106,17 @@ class DiskWatch:
         self._before = dict(self._latest)
 
     def look(self) -> int:
-        """Ask every node; returns bytes, nodes that are gone by now included as they were last seen.
+        """Check the nodes that are new, and count.
 
         Raises:
             ClusterError: a node that is refused.
         """
         if self._refuse:
             self._checked = refuse_disk(self._checked)
+        return self.count()
+
+    def count(self) -> int:
+        """Ask every node; returns bytes, nodes that are gone by now included as they were last seen."""
         for node in ray.nodes():
             if not node["Alive"]:
                 continue
@@ -149,8 +155,13 @@ def _ray_environment() -> dict[str, str]:
     return {name: os.environ[name] for name in NO_DISK_ENVIRONMENT if name in os.environ}
 
 
-def _system_config(node: Mapping[str, Any]) -> dict[str, Any]:
-    reply = _raylet(node).GetSystemConfig(_messages.GetSystemConfigRequest(), timeout=_RPC_S)
+def _system_config(node: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What its raylet was started with; None from one that does not answer."""
+    try:
+        reply = _raylet(node).GetSystemConfig(_messages.GetSystemConfigRequest(), timeout=_RPC_S)
+    except grpc.RpcError as error:
+        logger.info("node %s: %s", node["NodeManagerAddress"], error.code())
+        return None
     return json.loads(reply.system_config or "{}")
 
 

@@ -9,11 +9,15 @@ checkpoint) is taken from such a sum, so ranks never part ways.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import pyarrow.fs
 import ray
 import ray.train
 import ray.train.torch
@@ -273,7 +277,7 @@ def _restore(rank: Rank) -> Progress:
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return Progress()
-    with checkpoint.as_directory() as directory:
+    with _on_this_node(checkpoint) as directory:
         state = read_state(directory)
         load_checkpoint(directory, rank.model, rank.optimizer)
     return Progress(
@@ -282,6 +286,26 @@ def _restore(rank: Rank) -> Progress:
         cursors=state["cursors"],
         best=evaluation.Best(**state["best"]),
     )
+
+
+@contextlib.contextmanager
+def _on_this_node(checkpoint: ray.train.Checkpoint) -> Iterator[str]:
+    """A folder with the checkpoint: itself, or one copy for all ranks of a node, until the last has read it.
+
+    With Ray's own `as_directory` a rank that comes later downloads again, over the files that others have mapped.
+    """
+    if isinstance(checkpoint.filesystem, pyarrow.fs.LocalFileSystem):
+        yield checkpoint.path
+        return
+    context = ray.train.get_context()
+    with contextlib.ExitStack() as stack:
+        copy = None
+        if context.get_local_rank() == 0:
+            copy = stack.enter_context(tempfile.TemporaryDirectory(prefix="fusellm_ray_"))
+            checkpoint.to_directory(copy)
+        copies = gather_json([context.get_node_rank(), copy])
+        yield next(path for node, path in copies if node == context.get_node_rank() and path)
+        gather_json(None)  # nobody reads any more
 
 
 def _save(rank: Rank, progress: Progress, writer: CheckpointWriter, *, is_due: bool, is_best: bool) -> None:

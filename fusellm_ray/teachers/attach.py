@@ -1,4 +1,4 @@
-"""Teachers that outlive a run: pools as named, detached actors of the cluster that RAY_ADDRESS names.
+"""Teachers that outlive a run: supervisors, one a teacher, as named, detached actors of the cluster of RAY_ADDRESS.
 
 fusellm-ray teachers up CONFIG          start them, wait until they are ready, leave
 fusellm-ray train CONFIG --attach       several runs, each with the same teachers
@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from fusellm_ray.config import Config
+from fusellm_ray.config import Config, TeacherConfig
 from fusellm_ray.errors import ClusterError, ConfigError, FuseLLMError
 from fusellm_ray.stream.failures import cause_of, summary_of
 from fusellm_ray.teachers.identity import answer_settings, differences
@@ -88,15 +88,23 @@ def bring_up(
     try:
         for teacher in config.active_teachers:
             if pools[teacher.name] is None:
-                started[teacher.name] = supervise(
-                    config, [teacher], name=_actor(teacher.name), namespace=NAMESPACE, lifetime="detached"
-                )
+                started[teacher.name] = _supervise_detached(config, teacher)
         descriptions = wait_ready(pools | started, config.run.start_timeout_s, on_progress)
         _refuse_differences(config, pools | started, target_tokenizer)
         return descriptions
     except BaseException:
         stop_pools(started)
         raise
+
+
+def _supervise_detached(config: Config, teacher: TeacherConfig) -> Any:
+    name = _actor(teacher.name)
+    try:
+        return supervise(config, [teacher], name=name, namespace=NAMESPACE, lifetime="detached")
+    except ValueError as error:  # how Ray says that a name is taken
+        raise ClusterError(
+            f"teacher {teacher.name} has just been started by another command ({error}); wait for it, then try again"
+        ) from error
 
 
 def attach(config: Config, target_tokenizer: str) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class AnswerCache:
         if new:
             found |= await self._score(new, score)
         for key, answer in awaited.items():
-            found[key] = await answer
+            found[key] = await asyncio.shield(answer)  # who gives up here does not cancel it for others
         return [found[key] for key in keys]
 
     async def _score(

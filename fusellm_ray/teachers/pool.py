@@ -113,9 +113,6 @@ class TeacherPool:
         if teacher.replicas.max > teacher.replicas.min:
             self._keep(self._scale())
 
-    def __repr__(self) -> str:
-        return f"pool {self._teacher.name}"
-
     async def table(self, waited_s: float = 0.0) -> HandleTable:
         """The replicas that take requests now.
 
@@ -381,12 +378,15 @@ class TeacherPool:
         give_up = time.monotonic() + self._hang_s
         await asyncio.sleep(_DRAIN_S)
         try:
-            while time.monotonic() < give_up and (await member.handle.heartbeat.remote()).queued_tokens:
+            while (left_s := give_up - time.monotonic()) > 0:
+                if not (await _within(left_s, member.handle.heartbeat.remote())).queued_tokens:
+                    break
                 await asyncio.sleep(_BEAT_S)
-        except RayError as error:
-            logger.info(
-                "teacher %s, replica %d: %s", self._teacher.name, member.number, summary_of(cause_of(error))
+        except (RayError, TimeoutError) as error:
+            reason = (
+                summary_of(cause_of(error)) if isinstance(error, RayError) else "hangs while it is drained"
             )
+            logger.info("teacher %s, replica %d: %s", self._teacher.name, member.number, reason)
         await self._end(member)
         self._members.pop(member.number, None)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fusellm_ray.config import Config, TeacherConfig
 from fusellm_ray.errors import ClusterError, FuseLLMError
@@ -28,13 +29,16 @@ def start_pools(config: Config) -> dict[str, Any]:
 def supervise(config: Config, teachers: Sequence[TeacherConfig], **options: Any) -> Any:
     """Begin to start some teachers; returns their `PoolSupervisor`. `options` are Ray's, for this actor.
 
+    It lives on the driver's node while there is one: on a teacher's, it would go with a node that may be taken away.
+
     Raises:
         ModelError: the target cannot be read.
     """
     target_vocab_size = model_facts(config.target).vocab_size
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     return (
         ray.remote(PoolSupervisor)
-        .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, **options)
+        .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here, **options)
         .remote(
             teachers,
             config.target,
@@ -69,7 +73,8 @@ def wait_ready(
     said: dict[str, str] = {}
     while True:
         for name, pool in pools.items():
-            asked.setdefault(name, pool.status.remote(name))
+            if name not in asked:
+                asked[name] = pool.status.remote(name)
         answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=0.5)
         for name in [name for name, ref in asked.items() if ref in answered]:
             statuses[name] = get_status(asked.pop(name))

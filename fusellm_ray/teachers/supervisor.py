@@ -1,6 +1,7 @@
 """The actor in which the pools of some teachers live: one small process, however many teachers there are.
 
-An idle Ray process wakes a hundred times a second, so a process a pool costs more than all that pools do.
+An idle Ray process wakes a hundred times a second, so a process a pool costs more than all that pools do. Standing
+teachers and those of a study have one each, for each ends alone.
 """
 
 from __future__ import annotations
