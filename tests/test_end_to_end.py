@@ -29,6 +29,7 @@ from fusellm_ray.observe.status import state_of
 from fusellm_ray.perplexity import by_domain, evaluate_model, held_out_documents
 from fusellm_ray.target.storage import Checkpoints
 from fusellm_ray.teachers.service import start_pools, stop_pools
+from tests.faults import own_processes
 from tests.runs import build_run, named
 
 CONSTANT = {"schedule": "constant", "warmup_ratio": 0.0}
@@ -131,11 +132,7 @@ class KillRank(Display):
         if record["event"] == "start":
             self.starts.append(record["step"])
         if record["event"] == "step" and record["step"] == self._at_step and len(self.starts) == 1:
-            ranks = [
-                process
-                for process in psutil.Process().children(recursive=True)
-                if "RayTrainWorker" in " ".join(process.cmdline())
-            ]
+            ranks = [psutil.Process(pid) for pid in own_processes("ray::RayTrainWorker")]
             # Those of a run before this one may not be gone yet.
             random.choice(sorted(ranks, key=psutil.Process.create_time)[-2:]).kill()
 
