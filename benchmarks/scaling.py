@@ -152,10 +152,19 @@ class Bench:
         config = self._config
         if len(teachers) > 1:
             config = config.model_copy(update={"teachers": config.teachers * len(teachers)})
-        batches = RankBatches({0: reader}, stream, config, pad_id=0, num_micro=1, device=torch.device("cpu"))
         measured = REQUESTS_PER_REPLICA * replicas
+        warm_up = max(2, measured // 10)
+        batches = RankBatches(
+            {0: reader},
+            stream,
+            config,
+            pad_id=0,
+            num_micro=1,
+            device=torch.device("cpu"),
+            num_batches=warm_up + measured,
+        )
         try:
-            for _ in self._steps(batches, max(2, measured // 10), step_s):
+            for _ in self._steps(batches, warm_up, step_s):
                 pass
             started, waited_s, tokens = time.perf_counter(), 0.0, 0
             for num_gold, wait_s in self._steps(batches, measured, step_s):

@@ -7,6 +7,7 @@ process: what crosses Ray is tested elsewhere.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -122,3 +123,41 @@ def test_losses_of_one_rank_or_two_and_accumulation_1_or_4_are_the_same(tree: di
     for num_ranks, changed in ((1, accumulating), (2, tree), (2, accumulating)):
         for seen in run_ranks(num_ranks, losses, changed):
             assert seen == pytest.approx(wanted, rel=1e-6)
+
+
+class EagerStream:
+    """Answers as a stream without teachers; reads up to ten batches ahead and counts them."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def join(self, batches):
+        ahead = list(itertools.islice(batches, 10))
+        self.asked += len(ahead)
+        for segments in ahead:
+            yield segments, []
+
+    def cancel(self):
+        pass
+
+
+def test_no_teacher_is_asked_for_more_than_the_steps_that_are_left(tree: dict[str, Any]):
+    config = parse_config(tree)
+    tokenizer = ByteTokenizer.of_model(config.target)
+    corpus = Corpus.open(config.corpus, config.run.seed)
+    stream = EagerStream()
+    batches = RankBatches(
+        {0: ShardReader(corpus, tokenizer, 0, 1, config.corpus.row_tokens)},
+        stream,
+        config,
+        pad_id=0,
+        num_micro=1,
+        device=torch.device("cpu"),
+        num_batches=3,
+    )
+    for _ in range(3):
+        assert next(batches).num_gold > 0
+    with pytest.raises(StopIteration):
+        next(batches)
+    batches.close()
+    assert stream.asked == 3

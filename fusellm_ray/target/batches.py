@@ -9,6 +9,7 @@ ranks, nor on what restarted on the way.
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from collections import deque
@@ -105,6 +106,7 @@ class RankBatches:
         readers: the shards this rank reads, by shard number.
         stream: requests to the teachers; None for the CLM baseline.
         num_micro: forward passes a step, the same on every rank; ranks with fewer rows fill up with empty rows.
+        num_batches: after so many the iteration ends, and no teacher is asked for more; None: it has no end.
         depth: finished batches kept ready.
     """
 
@@ -117,6 +119,7 @@ class RankBatches:
         pad_id: int,
         num_micro: int,
         device: torch.device,
+        num_batches: int | None = None,
         depth: int = 2,
     ) -> None:
         self._readers = readers
@@ -124,6 +127,7 @@ class RankBatches:
         self._config = config
         self._pad_id = pad_id
         self._num_micro = num_micro
+        self._num_batches = num_batches
         self._device = device
         self._domains = {source.name: i for i, source in enumerate(config.corpus.sources)}
         self._read: deque[tuple[list[Row], dict[str, Any]]] = deque()
@@ -154,6 +158,7 @@ class RankBatches:
                 self._put(self._assemble(segments, answers))
                 if self._closed.is_set():
                     return
+            self._put(StopIteration())
         except BaseException as error:
             self._put(error)
 
@@ -166,11 +171,12 @@ class RankBatches:
                 continue
 
     def _joined(self) -> Iterator[tuple[list[Segment], list[list[Aligned] | None]]]:
+        batches = itertools.islice(self._segments(), self._num_batches)
         if self._stream is None:
-            for segments in self._segments():
+            for segments in batches:
                 yield segments, []
         else:
-            yield from self._stream.join(self._segments())
+            yield from self._stream.join(batches)
 
     def _segments(self) -> Iterator[list[Segment]]:
         """Read the next row of every shard; the rows wait in `_read` until their answers have come."""

@@ -185,6 +185,7 @@ def _open_batches(rank: Rank, progress: Progress) -> RankBatches:
         pad_id=rank.tokenizer.eos_id or 0,
         num_micro=math.ceil(math.ceil(num_shards / rank.num_ranks) / config.training.micro_rows),
         device=rank.device,
+        num_batches=config.training.steps - progress.step,
     )
 
 
