@@ -46,7 +46,7 @@ from fusellm_ray.stream.memory import NO_DISK_ENVIRONMENT, DiskWatch
 from fusellm_ray.target.checkpoint import explain_changes, export_model
 from fusellm_ray.target.control import RunControl
 from fusellm_ray.target.storage import Checkpoints
-from fusellm_ray.target.task import NoDatasets, RaiseLastingErrors, TrainTask, run_rank
+from fusellm_ray.target.task import NameController, NoDatasets, RaiseLastingErrors, TrainTask, run_rank
 from fusellm_ray.teachers.attach import attach, join_cluster, running_cluster
 from fusellm_ray.teachers.service import PoolWatch, start_pools, stop_pools, wait_ready
 
@@ -246,6 +246,14 @@ def _ray_processes() -> list[psutil.Process]:
     return found
 
 
+def _still(pid: int, created: float) -> list[psutil.Process]:
+    """The process of this id that was created then, unless it is gone."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        return [process] if process.create_time() == created else []
+    return []
+
+
 def _end(processes: list[psutil.Process]) -> None:
     """Make sure of the end: a Ray worker was seen to hang in its exit after it had left its raylet."""
     _, left = psutil.wait_procs(processes, timeout=5)
@@ -339,7 +347,7 @@ def _fit(
                 controller_failure_limit=round(_patience_s(config) / placement_s) - 1,
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.checkpoint.keep),
-            callbacks=[RaiseLastingErrors()],  # type: ignore[list-item]  # Ray's annotation is of V1
+            callbacks=[RaiseLastingErrors(), NameController(control)],  # type: ignore[list-item]  # annotated for V1
         ),
     )
     failure: list[BaseException] = []
@@ -399,7 +407,10 @@ def _fit(
                 log.write({"event": "teachers", "pools": states})
             if not running:
                 break
+        controller = ray.get(control.controller.remote())
         ray.kill(control)
+        if controller is not None:
+            _end(_still(*controller))
         if failure:
             raise explain_failure(failure[0], config) from failure[0]
     state = checkpoints.latest_state()

@@ -127,10 +127,12 @@ class KillRank(Display):
     def __init__(self, at_step: int) -> None:
         self._at_step = at_step
         self.starts: list[int] = []
+        self.controllers: list[int] = []
 
     def show(self, record: dict[str, Any]) -> None:
         if record["event"] == "start":
             self.starts.append(record["step"])
+            self.controllers = own_processes("ray::TrainController")
         if record["event"] == "step" and record["step"] == self._at_step and len(self.starts) == 1:
             ranks = [psutil.Process(pid) for pid in own_processes("ray::RayTrainWorker")]
             # Those of a run before this one may not be gone yet.
@@ -145,6 +147,8 @@ def test_a_killed_rank_comes_back_and_the_weights_are_those_of_an_undisturbed_ru
     killer = KillRank(at_step=random.randint(1, 4))
     assert run_job(config, pools=pools, display=killer).is_finished
     assert len(killer.starts) == 2, "one rank was killed, once"
+    assert len(killer.controllers) == 1
+    assert not own_processes("ray::TrainController"), "it ends with its run, not with Ray"
     assert killer.starts[1] < 6
     assert losses(config) == losses(undisturbed)
     assert_same_weights(weights(config, tmp_path / "killed"), weights(undisturbed, tmp_path / "undisturbed"))

@@ -22,6 +22,7 @@ class RunControl:
         self._stop_reason: str | None = None
         self._records: collections.deque[dict[str, Any]] = collections.deque(maxlen=MAX_RECORDS)
         self._num_dropped = 0
+        self._controller: tuple[int, float] | None = None
 
     def __repr__(self) -> str:  # Ray puts it in front of this process's log lines
         return "run control"
@@ -43,3 +44,11 @@ class RunControl:
         self._records.clear()
         dropped, self._num_dropped = self._num_dropped, 0
         return records, dropped
+
+    def note_controller(self, pid: int, created: float) -> None:
+        """Remember the process of Ray Train's controller, and when it was created: a pid alone may be another's."""
+        self._controller = (pid, created)
+
+    def controller(self) -> tuple[int, float] | None:
+        """What `note_controller` was told; None before the controller was up."""
+        return self._controller

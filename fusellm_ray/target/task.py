@@ -7,9 +7,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
+import ray
 import ray.train
 from ray.actor import ActorHandle
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from fusellm_ray.config import Config
 from fusellm_ray.errors import TeacherLostError
@@ -43,6 +45,17 @@ class RaiseLastingErrors(ray.train.UserCallback):
             ours = find_error(error)
             if isinstance(ours, ValueError | TeacherLostError):
                 raise ours
+
+
+class NameController(ControllerCallback):
+    """Tells the driver which process Ray Train's controller is, so that it can see to its end."""
+
+    def __init__(self, control: ActorHandle) -> None:
+        self._control = control
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        me = psutil.Process()
+        ray.get(self._control.note_controller.remote(me.pid, me.create_time()))
 
 
 class NoDatasets(WorkerGroupCallback):
