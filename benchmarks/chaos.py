@@ -55,9 +55,9 @@ class Chaos(Display):
             return
         self._times.append(time.monotonic())
         self.steps[record["step"]] = record
-        if self._left and record["step"] >= self._next:
+        if self._left and record["step"] >= self._next and self._kill():
             self._next = record["step"] + STEPS_PER_KILL
-            self._left -= self._kill()
+            self._left -= 1
 
     def _kill(self) -> bool:
         is_rank = self._random.random() < RANK_SHARE
