@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
@@ -99,6 +101,40 @@ def test_late_answers_and_those_that_come_twice_change_no_bit(
     config, seen = named(tree, "late", stream={"deadline_s": 40}), Injector({})
     assert run_job(config, display=seen, pools={"left": faulty, "right": pools["right"]}).is_finished
     assert ray.get(faulty.counted.remote())["late"] >= 1
+    losses, wanted = undisturbed
+    assert seen.losses == losses
+    assert same_bits(weights(config, tmp_path / "export"), wanted)
+
+
+def test_a_teacher_that_hangs_and_one_that_restarts_with_another_tokenizer_change_no_bit(
+    tree: dict[str, Any],
+    undisturbed: tuple[list[float], dict[str, torch.Tensor]],
+    tokenizer_folders: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    left, right = tree["teachers"]
+    folder = shutil.copytree(left["model"], tmp_path / "left")
+    # A replica that has answered nothing for half the deadline is restarted.
+    teachers = [left | {"model": str(folder)}, right]
+    config = named(tree | {"teachers": teachers}, "hanging", stream={"deadline_s": 80})
+    pools = start_pools(config)
+    try:
+        wait_ready(pools, 300)
+        changed = replica_pids("left", pools["left"])[0]
+        (hanging,) = replica_pids("right", pools["right"])
+
+        def restart_with_another_tokenizer() -> None:
+            shutil.copytree(tokenizer_folders["llama"], folder, dirs_exist_ok=True)
+            kill(changed)
+
+        seen = Injector({2: restart_with_another_tokenizer, 6: lambda: os.kill(hanging, signal.SIGSTOP)})
+        assert run_job(config, display=seen, pools=pools).is_finished
+        problems = ray.get(pools["left"].status.remote("left")).problems
+    finally:
+        stop_pools(pools)
+    assert len(problems) == 1
+    assert "announces fingerprint" in problems[0]
+    assert not psutil.pid_exists(hanging)
     losses, wanted = undisturbed
     assert seen.losses == losses
     assert same_bits(weights(config, tmp_path / "export"), wanted)
