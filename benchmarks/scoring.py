@@ -111,6 +111,7 @@ async def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             "name": "teacher",
             "model": str(model),
             "top_k": args.top_k,
+            "cache_bytes": 0,  # every repeat asks for the same text
             "engine": engine,
             "resources": {"num_gpus": torch.cuda.device_count() and 1},
         }
