@@ -102,7 +102,7 @@ class Table:
     async def table(self, teacher: str, waited_s: float = 0.0) -> HandleTable:
         return self._table
 
-    async def report(self, teacher: str, replica: int, reason: str) -> HandleTable:
+    async def report(self, teacher: str, replica: int, reason: str, is_wrong: bool = False) -> HandleTable:
         return self._table
 
 

@@ -35,7 +35,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fusellm_ray import plan
 from fusellm_ray.config import Config
-from fusellm_ray.errors import CheckpointError, ClusterError, FuseLLMError
+from fusellm_ray.errors import CheckpointError, ClusterError, ConfigError, FuseLLMError
 from fusellm_ray.observe.failures import find_error, group_failures
 from fusellm_ray.observe.losses import TeacherLosses
 from fusellm_ray.observe.progress import Display, make_display
@@ -52,6 +52,8 @@ from fusellm_ray.teachers.service import PoolWatch, start_pools, stop_pools, wai
 
 JOB_STOP_WAIT_S = 60
 """What `ray job stop` should give a run for its checkpoint; Ray's default is 3."""
+COLLECTIVE_S = 1800
+"""How long a rank waits for the others in a collective, at least; torch's default."""
 POLL_S = 0.5
 """How often the driver looks for new records."""
 SLOW_START_S = 60.0
@@ -139,6 +141,7 @@ def run_job(
                     top_k=t.top_k,
                     pool=pools[t.name],
                     run=checkpoints.folder,
+                    is_shared=not own_pools,
                 )
                 for t in config.active_teachers
             )
@@ -332,6 +335,10 @@ def _fit(
     trainer = _Trainer(
         run_rank,
         train_loop_config={"task": task},
+        # A rank that waits for a teacher keeps the others in a collective: the stream's deadline must come first.
+        torch_config=ray.train.torch.TorchConfig(
+            timeout_s=max(COLLECTIVE_S, round(config.stream.deadline_s) + 300)
+        ),
         scaling_config=ScalingConfig(
             # Ray's annotation is of V1, which knows no range.
             num_workers=(workers.min, workers.max) if workers.is_elastic else workers.max,  # type: ignore[arg-type]
@@ -363,6 +370,9 @@ def _fit(
     sinks = Sinks(config.run.sinks, checkpoints.folder, settings, on_problem=display.note)
     watch = PoolWatch({address.name: address.pool for address in addresses})
     losses = TeacherLosses([address.name for address in addresses])
+    with contextlib.suppress(ConfigError):  # a damaged record is no reason not to train
+        for record in log.so_far():
+            losses.notes(record)
     asked_to_stop = False
     disk_looked_at = time.monotonic()
     started = time.monotonic()

@@ -128,7 +128,8 @@ class FaultyPool:
     async def table(self, teacher: str, waited_s: float = 0.0) -> HandleTable:
         return await self._wrapped(await self._pool.table.remote(teacher, waited_s))
 
-    async def report(self, teacher: str, replica: int, reason: str) -> HandleTable:
+    async def report(self, teacher: str, replica: int, reason: str, is_wrong: bool = False) -> HandleTable:
+        # What is wrong is here, not in the replica.
         return await self._wrapped(await self._pool.report.remote(teacher, replica, reason))
 
     async def status(self, teacher: str) -> Any:

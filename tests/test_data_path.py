@@ -79,6 +79,7 @@ def path(tmp_path_factory: pytest.TempPathFactory, tokenizer_folders: dict[str, 
             teacher=name,
             fingerprint="f",
             vocab_size=target.vocab_size,
+            top_k=config.top_k,
             num_positions=[segment.num_positions],
         )
         stages.teachers[name] = SimpleNamespace(

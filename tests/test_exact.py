@@ -54,6 +54,7 @@ class LocalStream:
             teacher=teacher.name,
             fingerprint=scorer.fingerprint,
             vocab_size=self._vocab_size,
+            top_k=teacher.top_k,
             num_positions=[segment.num_positions for segment in segments],
         )
 

@@ -48,8 +48,9 @@ def batch(vocab_size: int, k: int = 16, lengths: tuple[int, ...] = (5, 0, 1, 700
 
 
 def read(buffer: Any, parts: list[Aligned], vocab_size: int, **changes: Any) -> list[Aligned]:
-    asked = {**NAMES, "vocab_size": vocab_size, "num_positions": [len(p.gold) for p in parts], **changes}
-    return decode_frame(buffer, **asked)
+    top_k = parts[0].ids.shape[1] if parts else 16
+    asked = {**NAMES, "vocab_size": vocab_size, "top_k": top_k, "num_positions": [len(p.gold) for p in parts]}
+    return decode_frame(buffer, **(asked | changes))
 
 
 SEGMENTS = [
@@ -247,7 +248,7 @@ def test_a_changed_header_is_refused_by_the_field_that_changed() -> None:
         with pytest.raises(FrameError, match=f"frame {field}: "):
             read(with_header(buffer, **{field: value}), parts, SMALL)
     with pytest.raises(FrameError, match="frame ids: described as"):
-        read(with_header(buffer, top_k=15), parts, SMALL)
+        read(with_header(buffer, top_k=15), parts, SMALL, top_k=15)
 
 
 def test_foreign_and_cut_buffers_are_refused_by_name() -> None:

@@ -34,10 +34,14 @@ class Replica:
         self.failures = 0
         self.fingerprint = "f"
         self.is_down = False
+        self.is_frozen = False
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self, f"answer_{name}")
         return type("Method", (), {"remote": staticmethod(method)})
+
+    async def answer_ready(self) -> None:
+        """It has a place."""
 
     async def answer_describe(self) -> Description:
         while self.is_down:
@@ -45,6 +49,8 @@ class Replica:
         return Description("t", self.fingerprint, 10, 10, 64, 4, str(self.restarts), 1, "target")
 
     async def answer_heartbeat(self) -> Heartbeat:
+        while self.is_frozen:
+            await asyncio.sleep(0.01)
         return replace(WELL, incarnation=str(self.restarts), failures=self.failures)
 
 
@@ -68,9 +74,9 @@ def replicas(monkeypatch: pytest.MonkeyPatch) -> list[Replica]:
     return spawned
 
 
-def make_pool(count: int) -> TeacherPool:
-    teacher = TeacherConfig(name="t", model="m", replicas={"min": count, "max": count})
-    return TeacherPool(teacher, ModelConfig(model="m"), AlignmentConfig(), hang_s=60)
+def make_pool(count: int, most: int | None = None, **options: Any) -> TeacherPool:
+    teacher = TeacherConfig(name="t", model="m", replicas={"min": count, "max": most or count})
+    return TeacherPool(teacher, ModelConfig(model="m"), AlignmentConfig(), hang_s=60, **options)
 
 
 async def until(condition: Any) -> None:
@@ -108,5 +114,73 @@ def test_a_refused_replica_ends_nothing_while_another_may_come_back(replicas: li
         good.state = "refused"
         with pytest.raises(AlignmentError, match="fingerprint another"):
             await pool.table()
+
+    asyncio.run(run())
+
+
+def test_a_refused_replica_is_taken_back_once_its_folder_is_restored(
+    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "_REFUSED_S", 0.05)
+
+    async def run() -> None:
+        pool = make_pool(2)
+        replicas[1].fingerprint = "another"
+        await until(lambda: "refused" in {m.state for m in pool._members.values()})
+        await until(lambda: {m.state for m in pool._members.values()} == {"ready"})
+        assert len(replicas) == 3
+        assert not (await pool.status()).problems
+
+    asyncio.run(run())
+
+
+def test_a_replica_whose_answers_cannot_be_read_gets_a_new_process(replicas: list[Replica]) -> None:
+    async def run() -> None:
+        pool = make_pool(1)
+        await until(lambda: pool._members[0].state == "ready")
+        assert list((await pool.report(0, "no answer")).handles) == [0]
+        assert replicas[0].restarts == 0
+        assert not (await pool.report(0, "wrong frames", is_wrong=True)).handles
+        assert replicas[0].restarts == 1
+
+    asyncio.run(run())
+
+
+def test_a_rank_that_reports_a_frozen_replica_gets_the_table_all_the_same(
+    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "_LOOK_S", 0.05)
+
+    async def run() -> None:
+        pool = make_pool(2)
+        await until(lambda: {m.state for m in pool._members.values()} == {"ready"})
+        replicas[0].is_frozen = True
+        async with asyncio.timeout(20):
+            assert list((await pool.report(0, "no answer")).handles) == [0, 1]
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_does_not_load_gets_a_new_process(replicas: list[Replica]) -> None:
+    async def run() -> None:
+        pool = make_pool(1, load_s=0.05)
+        replicas[0].is_down = True
+        await until(lambda: replicas[0].restarts == 1)
+        assert "not loaded within" in pool._members[0].problem
+        replicas[0].is_down = False
+        await until(lambda: pool._members[0].state == "ready")
+
+    asyncio.run(run())
+
+
+def test_an_addition_that_cannot_start_is_withdrawn(replicas: list[Replica]) -> None:
+    async def run() -> None:
+        pool = make_pool(1, most=2, scale_s=0.01)
+        await until(lambda: pool._members[0].state == "ready")
+        pool._add()
+        replicas[1].is_down = True
+        await until(lambda: len(pool._members) == 1)
+        assert replicas[1].restarts == 1
+        assert pool._members[0].state == "ready"
 
     asyncio.run(run())

@@ -11,9 +11,14 @@ from fusellm_ray.teachers.scaling import QUIET_LOOKS, Decision, Load, Scaler
 BOUNDS = Replicas(min=1, max=8)
 
 
-def load(ready: int, busy: float, wait: float, starting: int = 0) -> Load:
+def load(ready: int, busy: float, wait: float, starting: int = 0, queued_tokens: int = 60_000) -> Load:
     return Load(
-        ready=ready, starting=starting, busy=busy, wait=wait, queued_tokens=60_000, tokens_per_s=10_000.0
+        ready=ready,
+        starting=starting,
+        busy=busy,
+        wait=wait,
+        queued_tokens=queued_tokens,
+        tokens_per_s=10_000.0,
     )
 
 
@@ -22,6 +27,20 @@ def test_waiting_ranks_and_busy_replicas_bring_half_as_many_again() -> None:
         2, "ranks wait 0.50 s a second, replicas are busy 100%, 60000 tokens are queued (6.0 s)"
     )
     assert Scaler(BOUNDS).decide(load(4, busy=0.9, wait=0.5)).replicas == 6
+
+
+def test_little_waiting_brings_few() -> None:
+    assert Scaler(Replicas(min=1, max=16)).decide(load(8, busy=0.9, wait=0.2)).replicas == 10
+
+
+def test_nothing_is_added_where_nothing_is_queued() -> None:
+    assert Scaler(BOUNDS).decide(load(2, busy=1.0, wait=0.5, queued_tokens=0)).replicas == 2
+
+
+def test_an_addition_that_never_starts_is_taken_back() -> None:
+    scaler = Scaler(BOUNDS)
+    decided = [scaler.decide(load(2, busy=0.9, wait=0.0, starting=2)).replicas for _ in range(QUIET_LOOKS)]
+    assert decided == [4] * (QUIET_LOOKS - 1) + [3]
 
 
 def test_no_more_than_max() -> None:

@@ -120,6 +120,7 @@ class Service:
                     teacher=name,
                     fingerprint=scorer.fingerprint,
                     vocab_size=VOCAB_SIZE,
+                    top_k=self.teachers[name].top_k,
                     num_positions=[s.num_positions for s in batch],
                 )
                 for batch in asked

@@ -118,3 +118,10 @@ def test_losses_and_returns_are_said_once_and_tokens_are_added_up() -> None:
         "teacher b is back; 40 tokens went without it",
     ]
     assert losses.dropped_tokens == {"a": 70, "b": 40}
+
+
+def test_a_step_that_a_restart_repeats_counts_once() -> None:
+    losses = TeacherLosses(["a", "b"])
+    for record in (step(1, a=10), step(2, a=20), step(3), step(2, a=5), step(3)):
+        losses.notes(record)
+    assert losses.dropped_tokens == {"a": 15}

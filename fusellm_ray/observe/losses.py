@@ -11,8 +11,12 @@ class TeacherLosses:
 
     def __init__(self, teachers: Sequence[str]) -> None:
         self._lost: dict[str, bool] = dict.fromkeys(teachers, False)
-        self.dropped_tokens: dict[str, int] = {}
-        """Target tokens that were fused without a teacher, by teacher, as far as this driver has seen."""
+        self._dropped: dict[str, dict[int, int]] = {}  # by teacher and step: a restart repeats steps
+
+    @property
+    def dropped_tokens(self) -> dict[str, int]:
+        """Target tokens that were fused without a teacher, by teacher, in all steps that were shown."""
+        return {name: total for name, steps in self._dropped.items() if (total := sum(steps.values()))}
 
     def notes(self, record: Mapping[str, Any]) -> list[str]:
         """What a person should hear of this record: losses and returns, not each step of a loss."""
@@ -22,8 +26,7 @@ class TeacherLosses:
         were_all_lost = all(self._lost.values())
         for name, was_lost in self._lost.items():
             dropped = int(record.get(f"teacher/{name}/dropped_tokens", 0))
-            if dropped:
-                self.dropped_tokens[name] = self.dropped_tokens.get(name, 0) + dropped
+            self._dropped.setdefault(name, {})[step] = dropped
             if dropped and not was_lost:
                 said.append(
                     f"step {step}: teacher {name} is LOST; {dropped} tokens of this step go on without it "

@@ -73,6 +73,10 @@ class RecordLog:
             self._upload(self._remote)
         self._stack.close()
 
+    def so_far(self) -> list[dict[str, Any]]:
+        """All records, those of earlier drivers of the run included; see `read_records`."""
+        return read_records(str(self._path.parent))
+
     def write(self, record: dict[str, Any]) -> None:
         """Append one line, readable by others at once (in an object store: after the next upload)."""
         assert self._file is not None, "used as a context manager"

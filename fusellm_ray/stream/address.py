@@ -27,6 +27,9 @@ class TeacherAddress:
     """Answers that carry another one are refused."""
     top_k: int
     pool: Any
-    """Actor handle; `table(teacher, waited_s)` and `report(teacher, replica, reason)` give a `HandleTable`."""
+    """Actor handle; `table(teacher, waited_s)` and `report(teacher, replica, reason, is_wrong)` give a
+    `HandleTable`."""
     run: str = ""
     """Who asks: a replica that several runs share serves them in turn."""
+    is_shared: bool = False
+    """Other runs may ask for the same text: it goes to the same replica, which may remember its answer."""

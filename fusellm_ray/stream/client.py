@@ -12,10 +12,9 @@ owes stays out, sent again like any other; when that is answered, the teacher is
 
 from __future__ import annotations
 
+import hashlib
 import logging
-import os
 import time
-import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -39,18 +38,28 @@ _POLL_S = 0.5
 _BACKOFF_S = (0.2, 5.0)
 """First and longest pause before a failed request is sent again."""
 _MAX_WRONG_ANSWERS = 8
-"""Errors one request may meet inside replicas before its teacher counts as lost; crashes do not count."""
+"""Errors one request may meet inside replicas, for a quarter of the deadline at least, before its teacher counts as
+lost; crashes do not count."""
+_FRAME_ADVICE = (
+    "two processes answered so; install the same fusellm_ray on every node, and see the teacher's log"
+)
+_SLOW_S, _SLOW = 2.0, 4.0
+"""A replica that has been silent for so many seconds, and for so many times what answers usually take, is a
+straggler: its request goes to another one as well."""
 
 
 class TeacherStream:
     """Scores batches of segments with every teacher, as far ahead as credits allow."""
 
-    def __init__(self, teachers: Sequence[TeacherAddress], config: StreamConfig, vocab_size: int) -> None:
+    def __init__(
+        self, teachers: Sequence[TeacherAddress], config: StreamConfig, vocab_size: int, rank: int = 0
+    ) -> None:
         """
         Args:
             teachers: in the order in which `join` gives their parts.
             config: credits and the deadline.
             vocab_size: of the target.
+            rank: ranks, which are in step with each other, begin at different replicas.
         """
         self._teachers = [TeacherQueue(address) for address in teachers]
         self._config = config
@@ -59,7 +68,7 @@ class TeacherStream:
         self._deadline_name = "deadline_s" if config.on_teacher_loss == "wait" else "loss_deadline_s"
         self._drops = config.on_teacher_loss == "drop"
         self._attempt_s = self._patience_s / 4
-        self._turn = os.getpid()  # ranks begin at different replicas
+        self._rank = rank
         self._away_s = 0.0
         self._is_cancelled = False
         self._window: deque[Batch] = deque()  # what is read and not joined yet
@@ -151,7 +160,9 @@ class TeacherStream:
         num_positions = [s.num_positions for s in segments]
         tokens, positions = sum(len(s.ids) for s in segments), sum(num_positions)
         request = encode_request(segments)
-        num_bytes, digest = request.nbytes, zlib.crc32(request.data)
+        num_bytes = request.nbytes
+        is_shared = any(teacher.address.is_shared for teacher in self._teachers)
+        digest = hashlib.blake2b(request.data, digest_size=8).digest() if is_shared else b""
         message = ray.put(request) if self._teachers else None
         for teacher in self._teachers:
             if teacher.is_lost:
@@ -177,22 +188,29 @@ class TeacherStream:
                 self._send(teacher, teacher.unsent.popleft())
 
     def _send(self, teacher: TeacherQueue, request: Request) -> None:
-        """To an untried replica if there is any: to the one that this text always goes to, unless that has more
-        than a request more of ours than another; then to the one that has the fewest tokens of ours."""
-        self._turn += 1
+        """To an untried replica if there is any, and to a straggler last: to the one that this text always goes to
+        if the teacher is shared, unless that has more than a request more of ours than another; then to the one
+        that has the fewest tokens of ours, by turns."""
         replicas = sorted(teacher.handles)
-        turn = self._turn % len(replicas)
+        turn = (self._rank + request.batch) % len(replicas)
         loads = {r: teacher.load.get(r, 0) for r in replicas}
-        # Highest random weight: replicas that come or go move only their own share of the texts.
-        own = max(replicas, key=lambda r: zlib.crc32(r.to_bytes(4, "little"), request.digest))
-        if loads[own] <= min(loads.values()) + request.tokens:
-            loads[own] = -1
-        replica = min(replicas[turn:] + replicas[:turn], key=lambda r: (r in request.tried, loads[r]))
+        if teacher.address.is_shared:
+            # Highest random weight: replicas that come or go move only their own share of the texts.
+            own = max(
+                replicas, key=lambda r: hashlib.blake2b(request.digest, key=r.to_bytes(4, "little")).digest()
+            )
+            if loads[own] <= min(loads.values()) + request.tokens:
+                loads[own] = -1
+        stragglers = {replica for replica, _ in teacher.late.values()}
+        replica = min(
+            replicas[turn:] + replicas[:turn],
+            key=lambda r: (r in request.tried, r in stragglers, loads[r]),
+        )
         ref = teacher.handles[replica].score.remote(request.message, teacher.address.run, request.batch)
         teacher.load[replica] = teacher.load.get(replica, 0) + request.tokens
         request.attempts[ref] = replica
         request.tried.add(replica)
-        request.sent_at = self._now()
+        request.sent_at, request.asked_at = self._now(), time.monotonic()
         self._awaited[ref] = (teacher, request)
 
     def _ask_for_table(self, teacher: TeacherQueue) -> None:
@@ -220,9 +238,12 @@ class TeacherStream:
         for k in self._window[0].pending:
             self._teachers[k].traffic.wait_s += waited
         for ref in ready:
-            if ref not in self._awaited:
-                continue  # the second answer to a request whose first came in the same moment
             teacher, request = self._awaited.pop(ref)
+            if ref in teacher.late:
+                replica, tokens = teacher.late.pop(ref)
+                teacher.load[replica] -= tokens
+                teacher.heard_at[replica] = self._now()
+                continue
             if request is None:
                 self._take_table(teacher, ref)
                 continue
@@ -249,16 +270,17 @@ class TeacherStream:
                 teacher=teacher.address.name,
                 fingerprint=teacher.address.fingerprint,
                 vocab_size=self._vocab_size,
+                top_k=teacher.address.top_k,
                 num_positions=request.num_positions,
             )
         except (RayError, FuseLLMError) as error:
             self._failed(teacher, request, replica, error)
             return None
-        for late, other in request.attempts.items():  # whoever answers second is not listened to
-            del self._awaited[late]
-            teacher.load[other] -= request.tokens
+        self._ignore(teacher, request)
         del teacher.in_flight[request.batch]
-        teacher.progress_at = self._now()
+        took_s = time.monotonic() - request.asked_at
+        teacher.answer_s = 0.9 * teacher.answer_s + 0.1 * took_s if teacher.answer_s else took_s
+        teacher.progress_at = teacher.heard_at[replica] = self._now()
         teacher.backoff_s = 0.0
         teacher.traffic.answers += 1
         teacher.traffic.positions += sum(request.num_positions)
@@ -269,32 +291,33 @@ class TeacherStream:
         """Decide what a failed attempt means: raise, do without the teacher, or send again."""
         cause = cause_of(error)
         teacher.last_problem = f"replica {replica}: {summary_of(cause)}"
-        if isinstance(cause, FrameError):
+        is_wrong = isinstance(cause, FrameError)
+        if is_wrong:
             request.frame_errors += 1
-            if request.frame_errors > 1:
+            if request.frame_errors > 1:  # of two processes: the first was restarted
                 where = f"{teacher}, batch {request.batch}, replica {replica}"
-                self._lost(teacher, "sends wrong frames", FrameError(f"{where}: {cause}"))
+                self._lost(teacher, "sends wrong frames", FrameError(f"{where}: {cause}; {_FRAME_ADVICE}"))
         elif _cannot_heal(cause):
             raise cause
         elif isinstance(error, RayTaskError):
+            request.wrong_since = request.wrong_since or self._now()
             request.wrong_answers += 1
-            if request.wrong_answers >= _MAX_WRONG_ANSWERS:
-                what = f"failed {request.wrong_answers} times at batch {request.batch}"
+            failing_s = self._now() - request.wrong_since
+            if request.wrong_answers >= _MAX_WRONG_ANSWERS and failing_s >= self._attempt_s:
+                what = f"failed {request.wrong_answers} times in {failing_s:.0f} s at batch {request.batch}"
                 self._lost(teacher, what, error)
-        if isinstance(error, RayActorError):
+        if is_wrong or isinstance(error, RayActorError):
             # That replica is gone for now: the pool looks at it and says who is left.
             teacher.handles.pop(replica, None)
-            if teacher.table_ref is None:
-                teacher.table_ref = teacher.address.pool.report.remote(
-                    teacher.address.name, replica, summary_of(cause)
-                )
-                self._awaited[teacher.table_ref] = (teacher, None)
+            self._report(teacher, replica, is_wrong=is_wrong)
         teacher.traffic.retries += 1
         if not request.attempts and request.batch in teacher.in_flight:  # else another attempt is still out
             teacher.unsent.appendleft(request)
             self._back_off(teacher, is_alone=request.tried.issuperset(teacher.handles))
 
     def _take_table(self, teacher: TeacherQueue, ref: Any) -> None:
+        if ref != teacher.table_ref:
+            return  # an older one
         teacher.table_ref = None
         try:
             table = ray.get(ref)
@@ -323,25 +346,39 @@ class TeacherStream:
             if silent_s >= self._patience_s and not teacher.is_lost:
                 what = f"no answer to batch {min(teacher.in_flight)} for {silent_s:.1f} s"
                 self._lost(teacher, f"{what} (stream.{self._deadline_name})", None)
+            slow_s = max(_SLOW_S, _SLOW * teacher.answer_s) if teacher.answer_s else self._attempt_s
             for request in teacher.in_flight.values():
-                quiet_s = now - max(request.sent_at, teacher.progress_at)
-                if request.attempts and quiet_s >= self._attempt_s:
-                    self._hedge(teacher, request)
+                if not request.attempts:
+                    continue
+                latest = max(teacher.heard_at.get(r, 0.0) for r in request.attempts.values())
+                silent_s = now - max(request.sent_at, latest)
+                if silent_s >= min(slow_s, self._attempt_s):
+                    self._hedge(teacher, request, silent_s)
 
-    def _hedge(self, teacher: TeacherQueue, request: Request) -> None:
+    def _hedge(self, teacher: TeacherQueue, request: Request, silent_s: float) -> None:
         """Ask one more replica, an untried one; the attempts that are out stay welcome."""
         untried = set(teacher.handles) - request.tried
         late = next(iter(request.attempts.values()))
-        teacher.last_problem = f"replica {late}: no answer within {self._attempt_s:.1f} s"
+        teacher.last_problem = f"replica {late}: no answer within {silent_s:.1f} s"
         request.sent_at = self._now()
-        if teacher.table_ref is None:
-            teacher.table_ref = teacher.address.pool.report.remote(
-                teacher.address.name, late, teacher.last_problem
-            )
-            self._awaited[teacher.table_ref] = (teacher, None)
+        self._report(teacher, late)
         if untried:
             teacher.traffic.retries += 1
             self._send(teacher, request)
+
+    def _report(self, teacher: TeacherQueue, replica: int, *, is_wrong: bool = False) -> None:
+        """Tell the pool of `last_problem`, unless it is being asked for its table anyway; the answer is that."""
+        if teacher.table_ref is None or is_wrong:
+            ref = teacher.address.pool.report.remote(
+                teacher.address.name, replica, teacher.last_problem, is_wrong
+            )
+            teacher.table_ref = ref
+            self._awaited[ref] = (teacher, None)
+
+    def _ignore(self, teacher: TeacherQueue, request: Request) -> None:
+        """Attempts that are still out are not listened to any more; until they end, their replicas are loaded."""
+        for late, replica in request.attempts.items():
+            teacher.late[late] = (replica, request.tokens)
 
     def _lost(self, teacher: TeacherQueue, what: str, cause: Exception | None) -> None:
         """Go on without the teacher, or end with `cause` where it is an error of ours that says all."""
@@ -369,10 +406,7 @@ class TeacherStream:
                 teacher.traffic.dropped += sum(s.num_positions for s in batch.segments)
         probe = min(teacher.in_flight, default=None)
         for number in [number for number in teacher.in_flight if number != probe]:
-            request = teacher.in_flight.pop(number)
-            for late, replica in request.attempts.items():
-                self._awaited.pop(late, None)
-                teacher.load[replica] -= request.tokens
+            self._ignore(teacher, teacher.in_flight.pop(number))
         teacher.unsent = deque(request for request in teacher.unsent if request.batch == probe)
 
     def _forget(self) -> None:
@@ -382,6 +416,7 @@ class TeacherStream:
             teacher.unsent.clear()
             teacher.in_flight.clear()
             teacher.load.clear()
+            teacher.late.clear()
             teacher.table_ref = None
 
 

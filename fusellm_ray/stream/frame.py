@@ -96,7 +96,13 @@ def answer_bytes(num_positions: int, top_k: int, vocab_size: int) -> int:
 
 
 def decode_frame(
-    buffer: Any, *, teacher: str, fingerprint: str, vocab_size: int, num_positions: Sequence[int]
+    buffer: Any,
+    *,
+    teacher: str,
+    fingerprint: str,
+    vocab_size: int,
+    top_k: int,
+    num_positions: Sequence[int],
 ) -> list[Aligned]:
     """Read and check an answer.
 
@@ -107,6 +113,7 @@ def decode_frame(
         teacher: the teacher that was asked.
         fingerprint: its fingerprint when it was first seen.
         vocab_size: of the target.
+        top_k: candidates a position.
         num_positions: of each segment that was asked for.
 
     Returns:
@@ -122,9 +129,8 @@ def decode_frame(
     _expect(header, "segments", len(num_positions))
     total = int(sum(num_positions))
     _expect(header, "positions", total)
-    top_k = header.get("top_k")
-    if type(top_k) is not int or not 0 <= top_k <= vocab_size:
-        _refuse("top_k", f"{top_k!r} is not between 0 and the vocabulary's {vocab_size}")
+    top_k = top_k if num_positions else 0  # without segments there are no candidates
+    _expect(header, "top_k", top_k)
     arrays = _arrays(header, start, raw, _answer_layout(len(num_positions), total, top_k, vocab_size))
 
     if not np.array_equal(arrays["num_positions"], num_positions):

@@ -32,15 +32,20 @@ class Request:
 
     batch: int
     message: Any
-    digest: int
-    """Of the message: the same text goes to the same replica, which may remember it."""
+    digest: bytes
+    """Of the message; by it the same text goes to the same replica of a shared teacher. Empty for others."""
     num_positions: list[int]
     tokens: int
     attempts: dict[Any, int] = field(default_factory=dict)
     """Answers awaited: object reference → replica."""
+    asked_at: float = 0.0
+    """By the clock, when it was last sent."""
     sent_at: float = 0.0
+    """The same, in time spent inside the stream."""
     tried: set[int] = field(default_factory=set)
     wrong_answers: int = 0
+    wrong_since: float = 0.0
+    """When the first of them came."""
     frame_errors: int = 0
 
 
@@ -66,6 +71,12 @@ class TeacherQueue:
         self.traffic = Traffic()
         self.handles: dict[int, Any] = {}
         self.load: dict[int, int] = {}
+        self.late: dict[Any, tuple[int, int]] = {}
+        """Answers that came too late to be used, once they come: object reference → replica, its load."""
+        self.heard_at: dict[int, float] = {}
+        """When each replica last answered."""
+        self.answer_s = 0.0
+        """From request to answer, a running mean; 0 before the first."""
         self.unsent: deque[Request] = deque()
         self.in_flight: dict[int, Request] = {}
         self.table_ref: Any = None

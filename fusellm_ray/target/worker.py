@@ -180,7 +180,7 @@ def _open_batches(rank: Rank, progress: Progress) -> RankBatches:
     teachers = rank.task.teachers
     return RankBatches(
         readers,
-        TeacherStream(teachers, config.stream, rank.vocab_size) if teachers else None,
+        TeacherStream(teachers, config.stream, rank.vocab_size, rank.index) if teachers else None,
         config,
         pad_id=rank.tokenizer.eos_id or 0,
         num_micro=math.ceil(math.ceil(num_shards / rank.num_ranks) / config.training.micro_rows),

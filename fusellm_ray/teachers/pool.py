@@ -24,7 +24,7 @@ import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
 from fusellm_ray.config import AlignmentConfig, ModelConfig, TeacherConfig, TransformersEngine
-from fusellm_ray.errors import AlignmentError, ClusterError, FuseLLMError
+from fusellm_ray.errors import AlignmentError, ClusterError, EngineError, FuseLLMError
 from fusellm_ray.observe.metrics import PoolMetrics
 from fusellm_ray.stream.address import REFRESH_S, HandleTable
 from fusellm_ray.stream.failures import cause_of, summary_of
@@ -41,6 +41,10 @@ _DRAIN_S = 2 * REFRESH_S
 """How long a replica that is to go answers ranks that have not read the table since."""
 _MAX_FAILED_STARTS = 3
 """In a row, by a teacher of which no replica has ever been up."""
+_LOOK_S = 1.0
+"""How long a rank that reports a replica waits for the look at it: a dead one is known at once, a frozen one late."""
+_REFUSED_S = 60.0
+"""Between two starts of a replica whose fingerprint was wrong: somebody may have restored the folder."""
 _MAX_FAILURES = 4
 """Requests in a row that a replica may fail: an engine that has died fails them all, and a new process heals it."""
 STOP_TIMEOUT_S = 30.0
@@ -65,6 +69,8 @@ class _Member:
     counted_at: float = 0.0
     """... and when it came."""
     problem: str = ""
+    tending: asyncio.Task[None] | None = None
+    look: asyncio.Task[None] | None = None
 
     def note(self, beat: Heartbeat) -> None:
         now = time.monotonic()
@@ -83,12 +89,14 @@ class TeacherPool:
         alignment: AlignmentConfig,
         hang_s: float,
         scale_s: float = 5.0,
+        load_s: float = 3600.0,
         target_vocab_size: int | None = None,
     ) -> None:
         """
         Args:
             hang_s: a replica that holds requests and has answered none for so long is restarted.
             scale_s: between two looks at the load.
+            load_s: a replica that has a place and is not loaded within so long is restarted.
             target_vocab_size: rows of the target's LM head; each replica looks it up where it is not given.
         """
         self._teacher = teacher
@@ -96,6 +104,7 @@ class TeacherPool:
         self._alignment = alignment
         self._target_vocab_size = target_vocab_size
         self._hang_s = hang_s
+        self._load_s = load_s
         self._scale_s = scale_s
         self._description: Description | None = None
         self._failure: FuseLLMError | None = None
@@ -127,12 +136,21 @@ class TeacherPool:
         ready = {m.number: m.handle for m in self._members.values() if m.state == "ready"}
         return HandleTable(ready)
 
-    async def report(self, replica: int, reason: str) -> HandleTable:
-        """A rank had trouble with a replica: look at it, then answer with the table."""
+    async def report(self, replica: int, reason: str, is_wrong: bool = False) -> HandleTable:
+        """A rank had trouble with a replica: look at it, then answer with the table.
+
+        Args:
+            is_wrong: its answers cannot be read: it is restarted, whatever it says of itself.
+        """
         member = self._members.get(replica)
         if member is not None and member.state == "ready":
             logger.warning("teacher %s, replica %d: reported: %s", self._teacher.name, replica, reason)
-            await self._look(member)
+            if is_wrong:
+                self._restart(member, reason, is_stuck=True)
+            else:
+                if member.look is None or member.look.done():
+                    member.look = self._keep(self._look(member))
+                await asyncio.wait({member.look}, timeout=_LOOK_S)
         return await self.table()
 
     async def status(self) -> PoolStatus:
@@ -186,12 +204,19 @@ class TeacherPool:
     def _add(self) -> None:
         member = _Member(next(self._numbers), self._spawn())
         self._members[member.number] = member
-        self._keep(self._tend(member))
+        member.tending = self._keep(self._tend(member))
 
-    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+    def _keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._over)
+        return task
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            logger.error("teacher %s: its pool has an error", self._teacher.name, exc_info=error)
 
     def _spawn(self) -> Any:
         resources = self._teacher.resources
@@ -216,7 +241,7 @@ class TeacherPool:
         failed_starts = 0
         while True:
             try:
-                description = await member.handle.describe.remote()
+                description = await self._describe(member)
             except (RayError, FuseLLMError) as error:
                 failed_starts += 1
                 member.problem = summary_of(cause_of(error))
@@ -238,7 +263,9 @@ class TeacherPool:
                 continue
             failed_starts = 0
             if not self._accepts(member, description):
-                return
+                await asyncio.sleep(_REFUSED_S)
+                member.handle = self._spawn()
+                continue
             member.state, member.incarnation, member.problem = "ready", description.incarnation, ""
             while member.state == "ready":
                 await asyncio.sleep(_BEAT_S)
@@ -247,6 +274,14 @@ class TeacherPool:
             if member.state == "draining":
                 await self._drain(member)
                 return
+
+    async def _describe(self, member: _Member) -> Description:
+        """Wait for as long as it takes to get a place, then for `load_s`."""
+        await member.handle.ready.remote()
+        try:
+            return await _within(self._load_s, member.handle.describe.remote())
+        except TimeoutError:
+            raise EngineError(f"not loaded within {self._load_s:.0f} s (run.start_timeout_s)") from None
 
     def _is_final(self, error: Exception, failed_starts: int) -> bool:
         """Whether a teacher that was never up will never be; then `status` and `table` raise why."""
@@ -268,11 +303,13 @@ class TeacherPool:
         if self._description is None:
             self._description = description
         if description.fingerprint == self._description.fingerprint:
+            self._failure = None
             return True
         self._failure = AlignmentError(
             f"teacher {self._teacher.name}, replica {member.number}: announces fingerprint "
             f"{description.fingerprint}, the first replica announced {self._description.fingerprint}: the "
-            "folder of the model, of its tokenizer or of the target's was changed; restore it, or start anew"
+            "folder of the model, of its tokenizer or of the target's was changed; restore it, and the replica "
+            f"is taken back within {_REFUSED_S:.0f} s, or start anew"
         )
         logger.error("%s", self._failure)
         member.state, member.problem = "refused", str(self._failure)
@@ -298,8 +335,11 @@ class TeacherPool:
                 problem, is_stuck = f"failed the last {beat.failures} requests", True
             else:
                 return
-        if member.state != "ready":
-            return
+        if member.state == "ready":
+            self._restart(member, problem, is_stuck=is_stuck)
+
+    def _restart(self, member: _Member, problem: str, *, is_stuck: bool) -> None:
+        """Out of the table; `_tend` brings it up again. Its process is ended where it is still there."""
         logger.warning(
             "teacher %s, replica %d: %s; it is restarted", self._teacher.name, member.number, problem
         )
@@ -332,8 +372,20 @@ class TeacherPool:
             for _ in range(decision.replicas - current):
                 self._add()
             if decision.replicas < current:
-                last = max(m.number for m in self._members.values() if m.state == "ready")
-                self._members[last].state = "draining"
+                self._remove_one()
+
+    def _remove_one(self) -> None:
+        """The latest that is not up yet, which nobody waits for; else the latest."""
+        by_state: dict[str, list[_Member]] = {}
+        for member in self._members.values():
+            by_state.setdefault(member.state, []).append(member)
+        if by_state.get("starting"):
+            member = self._members.pop(by_state["starting"][-1].number)
+            if member.tending is not None:
+                member.tending.cancel()
+            ray.kill(member.handle)
+        else:
+            by_state["ready"][-1].state = "draining"
 
     def _measure(self, seconds: float) -> Load:
         """The load since the last call."""

@@ -46,6 +46,9 @@ class TeacherReplica:
     def __repr__(self) -> str:  # Ray puts it in front of this process's log lines
         return f"teacher {self._teacher.name}"
 
+    async def ready(self) -> None:
+        """Answered once the actor has a place and its process is up."""
+
     async def describe(self) -> Description:
         """Load if need be, and say what is loaded.
 

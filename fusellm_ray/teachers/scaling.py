@@ -50,21 +50,25 @@ class Scaler:
         self._quiet_looks = 0
 
     def decide(self, load: Load) -> Decision:
-        """Add half as many again where ranks wait for busy replicas; take one away after a long quiet time."""
+        """Add as many as ranks' waiting asks for where replicas are busy, up to half as many again; take one away
+        after a long quiet time, one that is still starting first."""
         current = load.ready + load.starting
         measured = f"ranks wait {load.wait:.2f} s a second, replicas are busy {load.busy:.0%}"
-        needed = max(self._bounds.min, math.ceil(current * load.busy / BUSY - 1e-9))
-        is_quiet = not load.starting and load.wait < WAITING and needed < current
+        needed = max(self._bounds.min, math.ceil(load.ready * load.busy / BUSY - 1e-9))
+        is_quiet = load.wait < WAITING and needed < current
         self._quiet_looks = self._quiet_looks + 1 if is_quiet else 0
-        if load.starting:
-            return Decision(current, f"{load.starting} replicas are still starting")
-        if load.wait >= WAITING and load.busy >= BUSY:
+        if load.wait >= WAITING and load.busy >= BUSY and load.queued_tokens:
+            if load.starting:
+                return Decision(current, f"{measured}, but {load.starting} replicas are still starting")
             if current >= self._bounds.max:
                 return Decision(current, f"{measured}, but replicas.max={self._bounds.max}")
             backlog = f", {load.queued_tokens} tokens are queued"
-            if load.tokens_per_s and load.ready:
+            if load.tokens_per_s:
                 backlog += f" ({load.queued_tokens / (load.ready * load.tokens_per_s):.1f} s)"
-            return Decision(min(self._bounds.max, current + max(1, current // 2)), measured + backlog)
+            # A rank that waits for a share w of its time needs a teacher 1 / (1 - w) times as fast.
+            more = math.ceil(load.ready * load.wait / max(1 - load.wait, 0.5) - 1e-9)
+            more = min(max(1, more), max(1, current // 2))
+            return Decision(min(self._bounds.max, current + more), measured + backlog)
         if self._quiet_looks >= QUIET_LOOKS:
             self._quiet_looks = 0
             return Decision(current - 1, f"{measured}, for {QUIET_LOOKS} looks; {needed} would do")

@@ -162,6 +162,7 @@ class TeacherScorer:
             teacher=self._name,
             fingerprint=self.fingerprint,
             vocab_size=self.target.vocab_size,
+            top_k=self._top_k,
             num_positions=[passage.num_positions],
         )
         if stats.covered == 0:

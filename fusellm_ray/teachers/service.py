@@ -44,6 +44,7 @@ def supervise(config: Config, teachers: Sequence[TeacherConfig], **options: Any)
             config.target,
             config.alignment,
             config.stream.deadline_s / 2,
+            load_s=config.run.start_timeout_s,
             target_vocab_size=target_vocab_size,
         )
     )

@@ -25,10 +25,11 @@ class PoolSupervisor:
         alignment: AlignmentConfig,
         hang_s: float,
         scale_s: float = 5.0,
+        load_s: float = 3600.0,
         target_vocab_size: int | None = None,
     ) -> None:
         self._pools = {
-            teacher.name: TeacherPool(teacher, target, alignment, hang_s, scale_s, target_vocab_size)
+            teacher.name: TeacherPool(teacher, target, alignment, hang_s, scale_s, load_s, target_vocab_size)
             for teacher in teachers
         }
 
@@ -38,8 +39,8 @@ class PoolSupervisor:
     async def table(self, teacher: str, waited_s: float = 0.0) -> HandleTable:
         return await self._pools[teacher].table(waited_s)
 
-    async def report(self, teacher: str, replica: int, reason: str) -> HandleTable:
-        return await self._pools[teacher].report(replica, reason)
+    async def report(self, teacher: str, replica: int, reason: str, is_wrong: bool = False) -> HandleTable:
+        return await self._pools[teacher].report(replica, reason, is_wrong)
 
     async def status(self, teacher: str) -> PoolStatus:
         return await self._pools[teacher].status()
