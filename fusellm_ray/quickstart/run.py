@@ -16,7 +16,6 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
@@ -26,6 +25,7 @@ from fusellm_ray.config import Config, ModelConfig, parse_config
 from fusellm_ray.errors import ConfigError
 from fusellm_ray.evaluate.table import as_json, mean_bits_per_byte, print_scores
 from fusellm_ray.job import export_run, local_or_running_cluster, run_job
+from fusellm_ray.models import use_cpu
 from fusellm_ray.observe.progress import make_display
 from fusellm_ray.perplexity import MEASURE, DomainScore, bits_per_byte, held_out_documents, load_model
 from fusellm_ray.quickstart.zoo import DEFAULT_CACHE, Zoo, build_zoo, point_latest
@@ -134,11 +134,16 @@ def _build(cache: Path, console: Console) -> Zoo:
         console=console,
     ) as progress:
         tasks: dict[str, TaskID] = {}
+        said: dict[str, int] = {}
 
         def on_progress(stage: str, share: float, message: str) -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=1.0, message="")
-            progress.update(tasks[stage], completed=share, message=message)
+            if console.is_terminal:
+                if stage not in tasks:
+                    tasks[stage] = progress.add_task(stage, total=1.0, message="")
+                progress.update(tasks[stage], completed=share, message=message)
+            elif int(4 * share) > said.get(stage, -1):  # in a log: a line a quarter
+                said[stage] = int(4 * share)
+                console.print(f"{stage}: {share:.0%}, {message}")
 
         zoo = build_zoo(cache, on_progress=on_progress)
     # A fixed name for the configuration file, so that `fusellm-ray train configs/quickstart.yaml` works, too.
@@ -166,7 +171,7 @@ def _evaluate(
         models[ARMS[arm]] = export_run(run, folder)
 
     # One thread a model: torch's own threads get in each other's way on few cores.
-    torch.set_num_threads(1)
+    use_cpu(threads=1)
     with ThreadPoolExecutor(os.cpu_count()) as pool, Progress(console=console, transient=True) as progress:
         answers = {}
         for name, folder in models.items():

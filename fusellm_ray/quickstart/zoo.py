@@ -72,7 +72,7 @@ class Recipe:
 
 def _expert(architecture: Architecture, tokenizer: TokenizerKind, **options: Any) -> Recipe:
     return Recipe(
-        architecture, tokenizer, vocab_size=4096, steps=320, hidden_size=144, head_size=48, **options
+        architecture, tokenizer, vocab_size=4096, steps=200, hidden_size=144, head_size=48, **options
     )
 
 
@@ -90,7 +90,7 @@ class Plan:
         }
     )
     target: Recipe = Recipe(
-        "gpt2", "digits", vocab_size=3072, steps=100, hidden_size=256, batch_rows=8, row_tokens=256
+        "gpt2", "digits", vocab_size=3072, steps=80, hidden_size=256, batch_rows=8, row_tokens=256
     )
 
     def version(self) -> str:
@@ -222,11 +222,12 @@ def _build_model(job: Job, report: Callable[[float, str], None]) -> None:
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+    from fusellm_ray.models import use_cpu
     from fusellm_ray.quickstart.pretrain import pretrain, token_rows
     from fusellm_ray.quickstart.tokenizer import train_tokenizer
 
     recipe = job.recipe
-    torch.set_num_threads(1)
+    use_cpu(threads=1)
     torch.manual_seed(job.seed)
     transformers.logging.disable_progress_bar()
     documents = [[document.text for document in text.read_jsonl(path)] for path in job.sources]

@@ -30,7 +30,7 @@ from fusellm_ray.corpus.source import Corpus, Document
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.errors import ModelError
 from fusellm_ray.fusion.loss import ObjectiveOutput, objective
-from fusellm_ray.models import HeadedModel, model_facts
+from fusellm_ray.models import HeadedModel, model_facts, use_cpu
 from fusellm_ray.observe.metrics import RankMetrics
 from fusellm_ray.perplexity import held_out_documents
 from fusellm_ray.stream.client import TeacherStream
@@ -143,7 +143,7 @@ def _set_up(task: TrainTask) -> Rank:
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
-        torch.set_num_threads(config.trainer.threads)
+        use_cpu(config.trainer.threads)
     facts = model_facts(config.target)
     model = build_target(config.target, init_device_mesh(device.type, (context.get_world_size(),)))
     evaluation = config.evaluation

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from fusellm_ray.config import TeacherConfig, TransformersEngine
 from fusellm_ray.errors import ConfigError, EngineError, ModelError
-from fusellm_ray.models import check_head, hidden_states, lm_head, load_causal_lm, model_facts
+from fusellm_ray.models import check_head, hidden_states, lm_head, load_causal_lm, model_facts, use_cpu
 from fusellm_ray.teachers.engine import Scores, check_scores
 
 _CHUNK_LOGITS = {"cpu": 8 << 20, "cuda": 128 << 20}
@@ -39,7 +39,7 @@ class TransformersScorer:
             )
         self._name = teacher.name
         self._max_batch_tokens = teacher.engine.max_batch_tokens
-        torch.set_num_threads(teacher.engine.threads)
+        use_cpu(teacher.engine.threads)
         use_gpu = teacher.resources.num_gpus > 0
         if use_gpu and not torch.cuda.is_available():
             raise EngineError(
@@ -126,12 +126,11 @@ class TransformersScorer:
         size = max(1, _CHUNK_LOGITS[self._device.type] // self.vocab_size)
         ids, logprobs, golds = [], [], []
         for chunk, wanted in zip(states.split(size), gold.split(size), strict=True):
-            logits = head(chunk).float()
-            log_total = torch.logsumexp(logits, dim=-1, keepdim=True)
-            top = logits.topk(top_k, dim=-1)
+            every = F.log_softmax(head(chunk), dim=-1, dtype=torch.float32)
+            top = every.topk(top_k, dim=-1)
             ids.append(top.indices.to(torch.int32))
-            logprobs.append(top.values - log_total)
-            golds.append((logits.gather(-1, wanted[:, None]) - log_total)[:, 0])
+            logprobs.append(top.values)
+            golds.append(every.gather(-1, wanted[:, None])[:, 0])
         return (
             torch.cat(ids).cpu().numpy(),
             torch.cat(logprobs).cpu().numpy(),
