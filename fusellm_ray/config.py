@@ -210,7 +210,8 @@ class TeacherConfig(ModelConfig):
     cache_bytes: int = Field(default=256 << 20, ge=0)
     """Memory a replica uses for its latest answers, so that the same text asked again (by another run of a sweep,
     by a resumed run) is not scored again; a token takes about 4 to 6 bytes a candidate. Answers from it may differ in
-    their last bits from those to the same text in another batch. 0: none."""
+    their last bits from those to the same text in another batch. Each replica has its own; teachers that are up for
+    several runs get a text at the same replica. 0: none."""
     replicas: Replicas = Replicas()
     resources: Resources = Resources()
 
@@ -399,7 +400,8 @@ class StreamConfig(Frozen):
     on_teacher_loss: Literal["wait", "drop", "fail"] = "wait"
     """wait: for a teacher that does not answer, `deadline_s` long, then end the run; what is trained is the same
     as if nothing had happened. fail: end the run after `loss_deadline_s`. drop: after `loss_deadline_s` go on with
-    the other teachers (with none: CLM only), count the tokens, and take the teacher back when it answers again."""
+    the other teachers (with none: CLM only), count the tokens, and take the teacher back when it answers again. A run
+    begins only once every teacher is up."""
     deadline_s: float = Field(default=600.0, gt=0)
     """How long a rank waits for a teacher's answer, restarts included, before it gives up."""
     loss_deadline_s: float = Field(default=60.0, gt=0)
