@@ -407,7 +407,7 @@ class StreamConfig(Frozen):
     loss_deadline_s: float = Field(default=60.0, gt=0)
     """Without an answer for so long, a teacher counts as lost under drop and fail."""
     allow_spilling: bool = False
-    """Run on a cluster whose nodes write objects to disk when their object store is full."""
+    """Run on a cluster whose nodes write objects to disk, or do not say whether they do: none is asked."""
 
 
 class EvaluationConfig(Frozen):
