@@ -18,7 +18,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,10 @@ class Raylet:
     filesystem: str | None = None
     """The type of the store's file system, on Linux."""
 
+    @property
+    def is_on_disk(self) -> bool:
+        return self.filesystem is not None and self.filesystem not in _IN_MEMORY
+
 
 def ways_to_disk(system_config: Mapping[str, Any], raylet: Raylet) -> list[str]:
     """How a raylet that is set like this writes objects to disk, or would."""
@@ -75,7 +79,7 @@ def ways_to_disk(system_config: Mapping[str, Any], raylet: Raylet) -> list[str]:
     threshold = setting("local_fs_capacity_threshold", "0.95")
     if float(threshold) > 0:
         ways.append(f"overflow goes to files (local_fs_capacity_threshold={threshold})")
-    if raylet.filesystem is not None and raylet.filesystem not in _IN_MEMORY:
+    if raylet.is_on_disk:
         ways.append(f"the object store is on disk ({raylet.store} is {raylet.filesystem})")
     return ways
 
@@ -93,6 +97,14 @@ def refuse_disk(
         ClusterError: naming the nodes, and what to set.
     """
     raylets = {node_id: read_raylet(own) for node_id, own in _own_raylets().items() if node_id in nodes}
+    for node_id, raylet in raylets.items():
+        if raylet.is_on_disk:  # a container's /dev/shm is often small: no reason not to try things out
+            logger.warning(
+                "this machine's /dev/shm is too small for the object store, which lies on disk (%s); give a container "
+                "a larger one (docker: --shm-size)",
+                raylet.store,
+            )
+            raylets[node_id] = replace(raylet, filesystem=None)
     raylets |= _ask_workers([node_id for node_id in nodes if node_id not in raylets], patience_s, closed)
     if closed.is_set():
         return set(nodes)
