@@ -49,7 +49,7 @@ from fusellm_ray.target.control import RunControl
 from fusellm_ray.target.storage import Checkpoints
 from fusellm_ray.target.task import NameController, NoDatasets, RaiseLastingErrors, TrainTask, run_rank
 from fusellm_ray.teachers.attach import attach, join_cluster, running_cluster
-from fusellm_ray.teachers.service import PoolWatch, start_pools, stop_pools, wait_ready
+from fusellm_ray.teachers.service import SLOW_START_S, PoolWatch, start_pools, stop_pools, wait_ready
 
 JOB_STOP_WAIT_S = 60
 """What `ray job stop` should give a run for its checkpoint; Ray's default is 3."""
@@ -57,8 +57,6 @@ COLLECTIVE_S = 1800
 """How long a rank waits for the others in a collective, at least; torch's default."""
 POLL_S = 0.5
 """How often the driver looks for new records."""
-SLOW_START_S = 60.0
-"""Without a rank for so long, the driver says what it waits for."""
 ELASTIC_PLACEMENT_S = 30.0
 """After so long without a place an elastic group gets another size: Ray looks every 20 s which nodes there are, and
 may have counted one that is gone."""
@@ -121,13 +119,15 @@ def run_job(
                 f"the cluster must grow first ({missing}); "
                 f"giving up after {config.run.start_timeout_s:.0f} s (run.start_timeout_s)"
             )
+        for note in plan.unused_gpus(config):
+            display.note(note)
         own_pools: dict[str, Any] = {}
         try:
             if attached:
-                pools = attach(config, identity["target_tokenizer"])
+                pools = attach(config, identity["target_tokenizer"], display)
             if pools is None:
                 pools = own_pools = start_pools(config)
-            descriptions = wait_ready(pools, config.run.start_timeout_s, on_progress=display.teachers)
+            descriptions = wait_ready(pools, config.run.start_timeout_s, display)
             disk = stack.enter_context(contextlib.closing(DiskWatch(refuse=not config.stream.allow_spilling)))
             identity["teachers"] = {name: d.fingerprint for name, d in descriptions.items()}
             if saved is not None:

@@ -97,7 +97,9 @@ def test_custom_resources_that_ray_would_refuse_are_refused(custom: dict[str, fl
 
 def test_labels_that_no_node_has_are_missing_at_the_start(ray_session: None) -> None:
     assert require_resources(run_config()) is None
-    with pytest.raises(ClusterError, match="teacher placed: no node with zone=moon that holds a replica"):
+    with pytest.raises(
+        ClusterError, match=r"teacher placed: asked 1 × \(CPU 0\.1\) on nodes with zone=moon, room for 0"
+    ):
         require_resources(run_config(labels={"zone": "moon"}))
     node = ray.nodes()[0]["Labels"]["ray.io/node-id"]
     assert require_resources(run_config(labels={"ray.io/node-id": node})) is None
