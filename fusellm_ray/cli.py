@@ -10,6 +10,7 @@ from typing import Literal
 import click
 
 import fusellm_ray
+from fusellm_ray.credentials import refuse_credentials
 from fusellm_ray.errors import FuseLLMError
 from fusellm_ray.folders import below, is_uri
 
@@ -394,6 +395,7 @@ def align(
 def _run_folder(run: str, overrides: tuple[str, ...]) -> str:
     """The folder of a run, which may be given by its config."""
     if is_uri(run) or Path(run).is_dir():
+        refuse_credentials(run, "the run's folder")  # it is printed
         return run
     from fusellm_ray.config import load_config
 

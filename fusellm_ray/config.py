@@ -27,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-from fusellm_ray.credentials import find_credentials
+from fusellm_ray.credentials import refuse_credentials
 from fusellm_ray.errors import ConfigError
 
 Tree = typing.TypeVar("Tree", bound=BaseModel)
@@ -689,7 +689,7 @@ def read_tree(path: str | Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"config {path}: not valid YAML: {error}") from error
+        raise ConfigError(f"config {path}: not valid YAML: {_yaml_problem(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path}: expected a mapping of sections, got {type(tree).__name__}")
     return tree
@@ -698,13 +698,7 @@ def read_tree(path: str | Path) -> dict[str, Any]:
 def parse_config(tree: Mapping[str, Any], where: str = "config") -> Config:
     """Validate an already parsed tree; `preset` in it names a starting point."""
     tree = dict(tree)
-    secrets = find_credentials(tree)
-    if secrets:  # before anything else, for other messages show the value they refuse
-        raise ConfigError(
-            f"{where}: holds credentials, and configurations are saved and shown\n  "
-            + "\n  ".join(f"{path}: {kind}" for path, kind in secrets)
-            + "\ngive them to every node by its environment (AWS_ACCESS_KEY_ID, HF_TOKEN, …) or its role instead"
-        )
+    refuse_credentials(tree, where)
     preset = tree.pop("preset", None)
     if preset is not None:
         if not isinstance(preset, str) or preset not in PRESETS:
@@ -734,12 +728,23 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     """Set what `key.path=value` says in a tree of mappings and lists; the value is YAML."""
     dotted, separator, text = override.partition("=")
     if not separator or not dotted:
-        raise ConfigError(f"override {override!r}: expected key.path=value")
+        key = re.split(r"[^\w.]", override, maxsplit=1)[0]  # what follows it may be meant for nobody's eyes
+        raise ConfigError(f"override {key!r}: expected key.path=value")
+    where = f"override {dotted!r}"
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
-    set_dotted(tree, dotted, value, where=f"override {override!r}")
+        raise ConfigError(f"{where}: the value is not valid YAML: {_yaml_problem(error)}") from None
+    set_dotted(tree, dotted, value, where)
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """What is wrong and where, without the text, which may hold a secret."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:  # a character that no YAML may have
+        return str(error)
+    problem = re.sub(r"'(?!<).{2,}'", "what is there", getattr(error, "problem", None) or "malformed")
+    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})"
 
 
 def set_dotted(tree: dict[str, Any], dotted: str, value: Any, where: str) -> None:
