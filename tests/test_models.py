@@ -1,6 +1,9 @@
 """Loading refuses what is unsafe or absent; structure checks accept sound architectures, refuse others."""
 
+import http.server
 import itertools
+import json
+import threading
 import time
 
 import pytest
@@ -18,6 +21,7 @@ from fusellm_ray.models import (
     hidden_states,
     lm_head,
     load_causal_lm,
+    load_hf_tokenizer,
     model_facts,
 )
 from tests.models import tiny_model
@@ -106,6 +110,15 @@ def test_a_teacher_without_a_stated_context_needs_one_in_its_config(tmp_path):
     assert model_facts(TeacherConfig(name="b", model=model, max_context=64)).max_context == 64
 
 
+def test_a_context_beyond_what_the_config_states_is_refused(tmp_path):
+    model = str(tiny_model("llama", 97, tmp_path))
+    with pytest.raises(
+        ModelError, match=r"teacher t: max_context=129 exceeds what the config of .* states \(128\)"
+    ):
+        model_facts(TeacherConfig(name="t", model=model, max_context=129))
+    assert model_facts(TeacherConfig(name="t", model=model, max_context=127)).max_context == 127
+
+
 def test_a_skeleton_takes_no_memory_and_has_the_same_parameters(tmp_path):
     folder = tiny_model("qwen2", 97, tmp_path)
     skeleton = build_on_meta(ModelConfig(model=str(folder)))
@@ -145,6 +158,46 @@ def test_pickled_weights_are_refused(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"\.bin.*never loaded.*save_pretrained"):
         load(tmp_path)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that lists files of any model, and has none of them."""
+    files = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):  # http.server's names
+            self.send_error(404)
+
+        def do_GET(self):
+            if not self.path.startswith("/api/models/"):
+                return self.send_error(404)
+            self.send_response(200)
+            self.end_headers()
+            listed = [{"rfilename": name} for name in files]
+            self.wfile.write(json.dumps({"id": "some/model", "siblings": listed}).encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        yield files
+        server.shutdown()
+
+
+def test_a_hub_id_with_pickled_weights_alone_is_refused_before_anything_is_loaded(hub):
+    hub += ["config.json", "pytorch_model.bin"]
+    with pytest.raises(
+        ModelError, match=r"some/model@v1: has no \*\.safetensors file on the hub; pickled.*convert"
+    ):
+        model_facts(ModelConfig(model="some/model", revision="v1"))
+    with pytest.raises(ModelError, match="cannot be loaded"):  # a tokenizer needs no weights
+        load_hf_tokenizer(ModelConfig(model="some/model"))
+    hub += ["model-00001-of-00002.safetensors"]
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        model_facts(ModelConfig(model="some/model"))
 
 
 def test_a_config_that_is_no_language_model_is_refused(tmp_path):

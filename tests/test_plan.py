@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from fusellm_ray.config import Config, parse_config
-from fusellm_ray.errors import ClusterError
+from fusellm_ray.errors import ClusterError, ConfigError
 from fusellm_ray.plan import _target_memory, make_plan, require_resources, unused_gpus
 from tests.models import tiny_model
 from tests.runs import build_run, named
@@ -148,6 +152,46 @@ def test_check_refuses_labels_and_slots_that_this_machine_lacks(
         teacher = tree["teachers"][0] | {"resources": {"num_cpus": 0.1} | asked}
         with pytest.raises(ClusterError, match=r"teacher left: asked 1 × \(CPU 0\.1.*room for 0"):
             make_plan(parse_config(tree | {"teachers": [teacher]}))
+
+
+def test_check_refuses_adapters_of_modules_that_are_not_there(tree: dict[str, Any]):
+    pytest.importorskip("peft")
+    target = tree["target"] | {"lora": {"target_modules": ["q_prj"]}}
+    with pytest.raises(ConfigError, match="did you mean 'q_proj'"):
+        make_plan(parse_config(tree | {"target": target}), with_cluster=False)
+
+
+# In another process: to import vllm takes ten seconds and leaves much behind.
+VLLM_CHECK = """
+import os, sys
+from fusellm_ray.config import load_config
+from fusellm_ray.errors import FuseLLMError
+from fusellm_ray.plan import preflight
+before = dict(os.environ)
+for change in ({"args": {"max_model_length": 9}}, {"args": {"seed": 1}, "lora": "none"}, {"args": {"seed": 1}}):
+    try:
+        preflight(load_config(sys.argv[1], [f"teachers.0.engine={{type: vllm, **}}".replace("**", str(change)[1:-1])]))
+    except FuseLLMError as error:
+        print(type(error).__name__, error)
+print("accepted" if "vllm" in sys.modules and dict(os.environ) == before else "changed")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+def test_check_refuses_arguments_vllm_does_not_know_and_adapters_that_are_not_there(
+    tree: dict[str, Any], tmp_path: Path
+):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    command = [sys.executable, "-c", VLLM_CHECK, str(path)]
+    said = subprocess.run(
+        command, capture_output=True, text=True, timeout=500, check=True
+    ).stdout.splitlines()
+    wanted = "ConfigError teacher left: engine.args.max_model_length: vLLM has no such engine argument"
+    assert said[-3].startswith(f"{wanted}; did you mean 'max_model_len'?")
+    assert said[-2].startswith("ModelError adapter none: expected adapter_config.json")
+    assert said[-1] == "accepted"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "nonsense", "host:0x1", "http://127.0.0.1:9"])

@@ -330,6 +330,18 @@ def largest_chunk(memory_bytes: int, utilization: float, vocab_size: int) -> int
     return max(256, int(memory_bytes * (1 - utilization) / 2) // (_LOGITS_BYTES * vocab_size))
 
 
+def check_settings(name: str, engine: VllmEngine) -> None:
+    """Refuse what `VllmScorer` would refuse of a teacher's engine, before anything starts.
+
+    Raises:
+        ConfigError: `args` names something vLLM does not know, or that has a key of its own.
+        ModelError: the adapter cannot be found.
+    """
+    _check_args(name, engine.args)
+    if engine.lora:
+        _lora_rank(engine.lora)
+
+
 def _check_args(name: str, args: dict[str, Any]) -> None:
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
     for key in args:
