@@ -97,7 +97,7 @@ def test_a_line_that_is_no_yaml_is_told_by_its_number_and_not_shown(tmp_path: Pa
     ("change", "where"),
     [
         ({"storage": f"s3://key:{SECRET}@bucket"}, "storage: a user and password"),
-        ({"arms": [{"name": "a", "kind": "model", "model": f"https://{SECRET}@host"}]}, "arms.0.model: a user or token"),
+        ({"arms": [{"name": "a", "kind": "model", "model": f"https://{SECRET}@host"}]}, "arms.0.model: a user"),
         ({"arms": [{"name": "a", "set": {"teachers.0.engine.args.hf_token": SECRET}}]}, "engine.args.hf_token"),
         ({"resamples": f"hf_{SECRET}"}, "resamples: a Hugging Face token"),
         ({"base": {"unknown": {"password": SECRET}}}, "base.unknown.password"),

@@ -163,6 +163,19 @@ def test_a_jobs_log_has_a_line_a_step_while_it_runs(live: Job):
     assert live.client.poll() is None, match
 
 
+def test_every_role_gives_ray_its_name_for_the_log(ray_head: Head, live: Job):
+    logs = (ray_head.folder / "session_latest" / "logs").glob("worker-*.err")
+    named = {line for log in logs for line in log.read_text().splitlines() if line.startswith(":actor_name:")}
+    wanted = {
+        "pools of left, right",
+        "teacher left, replica 0",
+        "teacher right, replica 0",
+        "rank 0",
+        "rank 1",
+    }
+    assert named >= {f":actor_name:{name}" for name in wanted}
+
+
 def status(head: Head, *args: str) -> str:
     """What `fusellm-ray status` says in another terminal."""
     command = [sys.executable, "-m", "fusellm_ray.cli", "status", *args]

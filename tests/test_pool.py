@@ -59,7 +59,7 @@ def replicas(monkeypatch: pytest.MonkeyPatch) -> list[Replica]:
     """Those that pools have spawned; killing one restarts it."""
     spawned: list[Replica] = []
 
-    def spawn(pool: TeacherPool) -> Replica:
+    def spawn(pool: TeacherPool, number: int) -> Replica:
         spawned.append(Replica())
         return spawned[-1]
 
