@@ -46,7 +46,7 @@ _LOOK_S = 1.0
 _REFUSED_S = 60.0
 """Between two starts of a replica whose fingerprint was wrong: somebody may have restored the folder."""
 _MAX_FAILURES = 4
-"""Requests in a row that a replica may fail: an engine that has died fails them all, and a new process heals it."""
+"""Requests in a row that a replica may fail; a new process may heal what its engine does not know of itself."""
 STOP_TIMEOUT_S = 30.0
 """Given to an engine to free its memory before its process is killed."""
 
@@ -330,6 +330,8 @@ class TeacherPool:
             member.note(beat)
             if beat.incarnation != member.incarnation:
                 problem = "its process was restarted"
+            elif beat.problem is not None:
+                problem, is_stuck = beat.problem, True
             elif beat.stalled_s > self._hang_s:
                 problem, is_stuck = f"holds requests and has answered none for {beat.stalled_s:.0f} s", True
             elif beat.failures >= _MAX_FAILURES:

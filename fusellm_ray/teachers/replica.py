@@ -98,6 +98,7 @@ class TeacherReplica:
             engine_s=stats.engine_s,
             cache_hits=stats.cache_hits,
             cache_misses=stats.cache_misses,
+            problem=scorer.engine.problem,
         )
 
     async def stats(self) -> ReplicaStats:

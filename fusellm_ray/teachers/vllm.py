@@ -160,6 +160,11 @@ class VllmScorer:
         writer.close()
         self._watch = Watch(reader, set(multiprocessing.active_children()) - before)
 
+    @property
+    def problem(self) -> str | None:
+        death = self._watch.death
+        return f"its engine died; {death.result()}" if death.done() else None
+
     async def score(self, prompts: Sequence[NDArray[np.int32]], top_k: int) -> list[Scores]:
         if not self._is_tested:
             await self.self_test()
@@ -211,8 +216,15 @@ class VllmScorer:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        requests = (self._score_prompt(at, prompt, top_k, params) for at, prompt in enumerate(prompts))
-        scores = await self._unless_dead(asyncio.gather(*requests))
+        requests = [
+            asyncio.ensure_future(self._score_prompt(at, prompt, top_k, params))
+            for at, prompt in enumerate(prompts)
+        ]
+        try:
+            scores = await self._unless_dead(asyncio.gather(*requests))
+        finally:
+            for request in requests:
+                request.cancel()  # where one has failed, the others would go on in the engine
         check_scores(scores, prompts, top_k, where=self._where)
         return scores
 
@@ -271,8 +283,8 @@ class VllmScorer:
         finally:
             answers.add_done_callback(_retrieve)
             answers.cancel()
-        if death.done():
-            raise EngineError(f"{self._where}: its engine died; {death.result()}") from error
+        if self.problem is not None:
+            raise EngineError(f"{self._where}: {self.problem}") from error
         raise EngineError(f"{self._where}: vLLM failed a request; {type(error).__name__}: {error}") from error
 
 
