@@ -1,5 +1,6 @@
 """Loading refuses what is unsafe or absent; structure checks accept sound architectures, refuse others."""
 
+import contextlib
 import http.server
 import itertools
 import json
@@ -11,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fusellm_ray.config import ModelConfig, TeacherConfig
-from fusellm_ray.errors import ModelError
+from fusellm_ray.corpus.tokens import ByteTokenizer
+from fusellm_ray.errors import ModelError, TokenizerError
 from fusellm_ray.models import (
     HeadedModel,
     build_on_meta,
@@ -140,6 +142,47 @@ def test_a_folder_may_be_given_relative_to_home(tmp_path, monkeypatch):
         load("~/models/tiny").num_parameters()
         == model_facts(ModelConfig(model="~/models/tiny")).num_parameters
     )
+
+
+OWN_CODE = """
+from pathlib import Path
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+Path({marker!r}).touch()
+class OwnConfig(PretrainedConfig):
+    model_type = "own"
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+OWN = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+
+
+@pytest.mark.parametrize("model_type", ["own", "llama"])
+@pytest.mark.parametrize("read", [model_facts, build_on_meta, load_hf_tokenizer, ByteTokenizer.of_model])
+def test_code_that_ships_with_a_model_does_not_run_unless_it_is_trusted(tmp_path, read, model_type):
+    folder, marker = tmp_path / "model", tmp_path / "it-ran"
+    folder.mkdir()
+    (folder / "model.safetensors").touch()
+    (folder / "own.py").write_text(OWN_CODE.format(marker=str(marker)))
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type, "auto_map": OWN}))
+    own_tokenizer = {"auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own_tokenizer))
+    with contextlib.suppress(ModelError, TokenizerError):  # of a known type, it is loaded without that code
+        read(ModelConfig(model=str(folder)))
+    assert not marker.exists()
+    with contextlib.suppress(ModelError, TokenizerError):  # there is no more to it
+        read(ModelConfig(model=str(folder), trust_remote_code=True))
+    assert marker.exists()
+
+
+def test_a_model_that_needs_its_own_code_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": OWN}))
+    with pytest.raises(
+        ModelError, match="ships its own code: read that code, then set trust_remote_code: true"
+    ):
+        model_facts(ModelConfig(model=str(tmp_path)))
 
 
 def test_a_missing_folder_is_named(tmp_path):
