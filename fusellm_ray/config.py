@@ -192,7 +192,15 @@ class Resources(Frozen):
         return True
 
 
-class TeacherConfig(ModelConfig):
+class ReaderConfig(ModelConfig):
+    """A model that is read as it is: to learn from it, or to score it."""
+
+    add_bos: bool | None = None
+    """Begin each text with the tokenizer's BOS; default: where the tokenizer itself does. Converted folders (from
+    GGUF, for instance) may have lost that, and some models, such as Gemma, predict badly without."""
+
+
+class TeacherConfig(ReaderConfig):
     """A source model whose knowledge is fused into the target."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
@@ -204,9 +212,6 @@ class TeacherConfig(ModelConfig):
     """Its share under `fusion.rule: weighted`."""
     max_context: int | None = Field(default=None, ge=2)
     """Tokens the model reads at once; default: what its config says."""
-    add_bos: bool | None = None
-    """Begin each text with the tokenizer's BOS; default: where the tokenizer itself does. Converted folders (from
-    GGUF, for instance) may have lost that, and some models, such as Gemma, predict badly without."""
     cache_bytes: int = Field(default=256 << 20, ge=0)
     """Memory a replica uses for its latest answers, so that the same text asked again (by another run of a sweep,
     by a resumed run) is not scored again; a token takes about 4 to 6 bytes a candidate. Answers from it may differ in
