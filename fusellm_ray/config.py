@@ -549,6 +549,7 @@ class Config(Frozen):
 
 PRESETS: Mapping[str, dict[str, Any]] = {
     "paper": {
+        "teachers": {"top_k": 10},
         "alignment": {"sequence": "dtw", "straddle": "onehot", "projection": "mined"},
         "fusion": {"rule": "min_ce", "granularity": "row", "unit": "nats_per_token", "gate": "frozen_target"},
         "objective": {"clm_weight": 0.9, "divergence": "forward_kl", "tail": "renormalise"},
@@ -563,7 +564,8 @@ PRESETS: Mapping[str, dict[str, Any]] = {
         },
     },
 }
-"""Named starting points; `preset: paper` selects the paper's choice everywhere (arXiv 2401.10491)."""
+"""Named starting points; `preset: paper` selects the paper's choice everywhere (arXiv 2401.10491). What stands under
+`teachers` holds for each of them."""
 
 
 # ---------------------------------------------------------------------------------------- loading
@@ -621,8 +623,18 @@ def parse_config(tree: Mapping[str, Any], where: str = "config") -> Config:
     if preset is not None:
         if preset not in PRESETS:
             raise ConfigError(f"{where}: preset {preset!r} is unknown; known: {', '.join(PRESETS)}")
-        tree = _merge(PRESETS[preset], tree)
+        tree = _with_preset(preset, tree)
     return validated(Config, tree, where)
+
+
+def _with_preset(preset: str, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree over the preset's."""
+    start = dict(PRESETS[preset])
+    each = start.pop("teachers")
+    merged = _merge(start, tree)
+    if isinstance(merged.get("teachers"), list):
+        merged["teachers"] = [each | t if isinstance(t, dict) else t for t in merged["teachers"]]
+    return merged
 
 
 def validated(kind: type[Tree], tree: Mapping[str, Any], where: str) -> Tree:
