@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,8 +126,10 @@ def _check_prompts(config: Config, tokenizer: ByteTokenizer, target: ModelFacts)
             )
 
 
-def demand(config: Config, *, with_teachers: bool = True) -> dict[str, float]:
-    """Resources that the run needs at least, by Ray's names."""
+def demand(
+    config: Config, *, with_teachers: bool = True, beside: Sequence[TeacherConfig] = ()
+) -> dict[str, float]:
+    """Resources that the run needs at least, by Ray's names; `beside` it teachers of other runs, fully grown."""
     needs: dict[str, float] = {}
 
     def add(resources: dict[str, float], times: int) -> None:
@@ -135,8 +138,9 @@ def demand(config: Config, *, with_teachers: bool = True) -> dict[str, float]:
                 needs[name] = needs.get(name, 0.0) + amount * times
 
     for teacher in config.active_teachers if with_teachers else ():
-        asked = teacher.resources
-        add({"CPU": asked.num_cpus, "GPU": asked.num_gpus} | asked.custom, teacher.replicas.min)
+        add(_of_a_replica(teacher), teacher.replicas.min)
+    for teacher in beside:
+        add(_of_a_replica(teacher), teacher.replicas.max)
     # As Ray Train counts: a rank asks for its GPU, or else one CPU, unless it is told what to ask for.
     own = {"GPU": 1.0} if config.trainer.use_gpu else {"CPU": 1.0}
     told = config.trainer.resources_per_worker
@@ -144,6 +148,20 @@ def demand(config: Config, *, with_teachers: bool = True) -> dict[str, float]:
         ({"GPU": 1.0} | told if config.trainer.use_gpu else told) if told else own, config.trainer.workers.min
     )
     return needs
+
+
+def _of_a_replica(teacher: TeacherConfig) -> dict[str, float]:
+    asked = teacher.resources
+    return {"CPU": asked.num_cpus, "GPU": asked.num_gpus} | asked.custom
+
+
+def fits_beside(config: Config, others: Sequence[TeacherConfig]) -> bool:
+    """Whether the cluster, as large as it is now, has in all what the run and these teachers need."""
+    import ray
+
+    have = ray.cluster_resources()
+    needs = demand(config, beside=others)
+    return all(have.get(name, 0.0) + 1e-6 >= amount for name, amount in needs.items())
 
 
 def describe_demand(config: Config) -> str:
@@ -196,7 +214,7 @@ def _missing_labels(config: Config, nodes: list[dict[str, Any]]) -> list[str]:
     missing = []
     for teacher in config.active_teachers:
         asked = teacher.resources
-        amounts = {"CPU": asked.num_cpus, "GPU": asked.num_gpus} | asked.custom
+        amounts = _of_a_replica(teacher)
         fits = [
             node
             for node in nodes
