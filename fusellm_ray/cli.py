@@ -220,7 +220,14 @@ def report(run: str, overrides: tuple[str, ...], out: Path | None, scores: Path 
 
 @main.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-@click.option("--corpus", "corpora", multiple=True, metavar="NAME=PATH", help="Held-out text.")
+@click.option(
+    "--corpus",
+    "corpora",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="Held-out text: files, or NAME=dataset:PLACE[,subset=S][,split=S][,revision=R][,streaming=true] with a hub id "
+    "or a folder that Dataset.save_to_disk wrote.",
+)
 @click.option("--tasks", metavar="NAME,...", help="Tasks of lm-evaluation-harness (extra `harness`).")
 @click.option(
     "--data",
@@ -228,6 +235,17 @@ def report(run: str, overrides: tuple[str, ...], out: Path | None, scores: Path 
     help="Folder of the tasks' data, TASK/SPLIT.jsonl, where no hub can be reached; and of own tasks, *.yaml.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Examples of each task (default: all).")
+@click.option(
+    "--allow-code-execution",
+    is_flag=True,
+    help="Run the Python that models write in code tasks (humaneval, mbpp), here and without a sandbox.",
+)
+@click.option(
+    "--add-bos",
+    multiple=True,
+    metavar="MODEL",
+    help="Begin each text with BOS for this model, whose tokenizer lost it (Gemma from GGUF, for instance).",
+)
 @click.option(
     "--field", default="text", show_default=True, help="Key of the text in JSONL or Parquet records."
 )
@@ -255,6 +273,8 @@ def evaluate(
     tasks: str | None,
     data: Path | None,
     limit: int | None,
+    allow_code_execution: bool,
+    add_bos: tuple[str, ...],
     field: str,
     max_bytes: int,
     context: int | None,
@@ -282,6 +302,8 @@ def evaluate(
         tasks=tasks.split(",") if tasks else (),
         data=data,
         limit=limit,
+        allow_code_execution=allow_code_execution,
+        add_bos=add_bos,
         against=against,
         num_resamples=resamples,
         seed=seed,

@@ -6,7 +6,8 @@
                                                                     table, Markdown, JSON ──┘
 
 Each arm and seed leaves one file of scores, document by document. The same command again makes only what is
-missing; an interrupted training run goes on from its checkpoint.
+missing; an interrupted training run goes on from its checkpoint. An arm that fails is named below the table, and the
+others go on.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,18 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fusellm_ray.config import Config, ModelConfig, TeacherConfig
+from fusellm_ray.config import Config, ModelConfig, TeacherConfig, VllmEngine
+from fusellm_ray.corpus.files import find_files
 from fusellm_ray.corpus.source import Document
 from fusellm_ray.corpus.tokens import ByteTokenizer
+from fusellm_ray.errors import ClusterError, CorpusError, FuseLLMError
 from fusellm_ray.evaluate.comparison import Comparison
 from fusellm_ray.evaluate.ensemble import evaluate_ensemble
 from fusellm_ray.evaluate.merge import merge_models
 from fusellm_ray.job import export_run, local_or_running_cluster, run_job
 from fusellm_ray.observe.progress import make_display
 from fusellm_ray.perplexity import MEASURE, DocumentScore, by_domain, evaluate_model, held_out_documents
+from fusellm_ray.plan import fits_beside, require_resources
 from fusellm_ray.quickstart.domains import build_domains, build_text
 from fusellm_ray.quickstart.zoo import OnProgress, build_zoo, point_latest
 from fusellm_ray.report.write import write_report
@@ -60,6 +64,9 @@ def run_comparison(study: Study) -> bool:
 
     Returns:
         False after a requested stop, from which the same command goes on.
+
+    Raises:
+        FuseLLMError: arms failed; the others are made, and the table is written.
     """
     console = Console(stderr=True)
     _build(study, _StageLines(console))
@@ -72,18 +79,32 @@ def run_comparison(study: Study) -> bool:
         f"results are there ({study.folder})"
     )
     (study.folder / "results").mkdir(parents=True, exist_ok=True)
-    is_finished = _make(study, missing, documents, console)
+    failures: dict[str, str] = {}
+    try:
+        is_finished = _make(study, missing, documents, console, failures)
+    finally:
+        num_done = _write_table(study, cells, failures, console)
+    if not is_finished:
+        console.print(f"stopped: {num_done} of {len(cells)} results are there; the same command goes on")
+    elif failures:
+        raise FuseLLMError(
+            f"study {study.name}: {len(failures)} of {len(cells)} results could not be made "
+            f"({'; '.join(failures)}); the same command tries them again"
+        )
+    return is_finished
+
+
+def _write_table(study: Study, cells: Sequence[Cell], failures: Mapping[str, str], console: Console) -> int:
+    """Write the table of the results that are there; returns how many that are."""
     done = [cell for cell in cells if _result(study, cell).is_file()]
-    if any(cell.arm.name == study.against for cell in done):
-        comparison = _read(study, done)
+    if done:
+        comparison = _read(study, done, failures)
         comparison.grid().print()
         _write(study.folder / "comparison.json", json.dumps(comparison.as_json(), indent=1) + "\n")
         _write(study.folder / "comparison.md", comparison.markdown())
         _write_reports(study, done)
         console.print(f"wrote {study.folder}/: comparison.md, comparison.json, reports/")
-    if not is_finished:
-        console.print(f"stopped: {len(done)} of {len(cells)} results are there; the same command goes on")
-    return is_finished
+    return len(done)
 
 
 def _build(study: Study, on_progress: OnProgress) -> None:
@@ -95,8 +116,14 @@ def _build(study: Study, on_progress: OnProgress) -> None:
         build_text(on_progress=on_progress)
 
 
-def _make(study: Study, missing: Sequence[Cell], documents: list[Document], console: Console) -> bool:
-    """Make every missing result; False after a requested stop."""
+def _make(
+    study: Study,
+    missing: Sequence[Cell],
+    documents: list[Document],
+    console: Console,
+    failures: dict[str, str],
+) -> bool:
+    """Make every missing result, and note those that fail; False after a requested stop."""
     number = 0
 
     def announce(cell: Cell, what: str) -> None:
@@ -104,11 +131,21 @@ def _make(study: Study, missing: Sequence[Cell], documents: list[Document], cons
         number += 1
         console.print(f"[{number}/{len(missing)}] {cell.arm.name}, seed {cell.seed}: {what}")
 
+    def failed(cell: Cell, error: FuseLLMError) -> None:
+        name = f"{cell.arm.name}, seed {cell.seed}"
+        failures[name] = f"{type(error).__name__}: {error}"
+        console.print(f"{name} failed: {failures[name]}", style="red", markup=False)
+
     for cell in missing:
         if cell.arm.kind != "train":
             announce(cell, cell.arm.kind)
             started = time.perf_counter()
-            _keep(study, cell, _score_untrained(study, cell, documents), time.perf_counter() - started)
+            try:
+                scores = _score_untrained(study, cell, documents)
+            except FuseLLMError as error:
+                failed(cell, error)
+                continue
+            _keep(study, cell, scores, time.perf_counter() - started)
     trained = {
         cell.name: (cell, study.config(cell.arm, seed=cell.seed, run=cell.name))
         for cell in missing
@@ -117,23 +154,40 @@ def _make(study: Study, missing: Sequence[Cell], documents: list[Document], cons
     if not trained:
         return True
     with local_or_running_cluster(study.config()), _Teachers() as teachers:
+        _require_resources(trained.values(), console)
         waiting = _by_teachers([config for _, config in trained.values()])
         while waiting:
             cell, config = trained[waiting[0].run.name]
             announce(cell, "training")
             started = time.perf_counter()
-            pools = teachers.up(config)
-            outcome = run_job(_training_only(config), pools=pools, display=make_display(cell.arm.name))
-            if not outcome.is_finished:
-                return False
             waiting = waiting[1:]
-            teachers.keep(waiting)
-            scores = _score_trained(study, config, documents)
+            try:
+                pools = teachers.up(config)
+                outcome = run_job(_training_only(config), pools=pools, display=make_display(cell.arm.name))
+                if not outcome.is_finished:
+                    return False
+                teachers.keep(waiting)
+                scores = _score_trained(study, config, documents)
+            except FuseLLMError as error:
+                failed(cell, error)
+                teachers.drop(config)  # one of them may be why
+                continue
             _keep(study, cell, scores, time.perf_counter() - started)
             _drop_checkpoints(study, config)
             if outcome.stop_requested and waiting:
                 return False
     return True
+
+
+def _require_resources(trained: Iterable[tuple[Cell, Config]], console: Console) -> None:
+    """Refuse a study of which an arm can never run here, before the first is trained."""
+    for arm, config in {cell.arm.name: config for cell, config in trained}.items():
+        try:
+            missing = require_resources(config)
+        except ClusterError as error:
+            raise ClusterError(f"arm {arm!r}: {error}") from error
+        if missing:
+            console.print(f"{arm}: the cluster must grow first ({missing})")
 
 
 # ---------------------------------------------------------------------------------------- teachers
@@ -157,32 +211,39 @@ def _by_teachers(configs: Sequence[Config]) -> list[Config]:
 
 
 class _Teachers:
-    """The teachers that are up: each is loaded once, and stopped when no later arm asks for it."""
+    """The teachers that are up: each is loaded once, and stopped when no later arm asks for it or room is needed."""
 
     def __init__(self) -> None:
-        self._pools: dict[str, Any] = {}
+        self._pools: dict[str, tuple[TeacherConfig, Any]] = {}
 
     def __enter__(self) -> _Teachers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        stop_pools(self._pools)
+        self._stop(self._pools)
 
     def up(self, config: Config) -> dict[str, Any]:
         """Teacher → its pool, started if it is not up."""
         keys = _pool_keys(config)
+        idle = [key for key in self._pools if key not in keys.values()]
+        if not fits_beside(config, [self._pools[key][0] for key in idle]):
+            self._stop(idle)
         for teacher in config.active_teachers:
             if keys[teacher.name] not in self._pools:
-                self._pools[keys[teacher.name]] = supervise(config, [teacher])
-        return {name: self._pools[key] for name, key in keys.items()}
+                self._pools[keys[teacher.name]] = (teacher, supervise(config, [teacher]))
+        return {name: self._pools[key][1] for name, key in keys.items()}
 
     def keep(self, configs: Iterable[Config]) -> None:
         """Stop what none of these runs asks for."""
         wanted = {key for config in configs for key in _pool_keys(config).values()}
-        rest = {key: pool for key, pool in self._pools.items() if key not in wanted}
-        for key in rest:
-            del self._pools[key]
-        stop_pools(rest)
+        self._stop(self._pools.keys() - wanted)
+
+    def drop(self, config: Config) -> None:
+        """Stop the teachers of this run."""
+        self._stop(self._pools.keys() & set(_pool_keys(config).values()))
+
+    def _stop(self, keys: Iterable[str]) -> None:
+        stop_pools({key: self._pools.pop(key)[1] for key in list(keys)})
 
 
 # ---------------------------------------------------------------------------------------- scores
@@ -275,15 +336,15 @@ def _content(study: Study, arm: Arm) -> Any:
     """What an arm's scores depend on, seeds and held-out text apart."""
     if arm.kind == "train":
         config = study.config(arm)
-        elsewhere = {"run", "checkpoint", "stream", "trainer"}
-        if config.training.early_stop is None:
-            elsewhere.add("evaluation")
+        elsewhere = {"run", "checkpoint", "stream", "trainer", "evaluation"}
         tree = config.model_dump(mode="json", exclude=elsewhere)
         tree["target"] |= _identity(config.target)
         tree["teachers"] = [_answers(teacher) for teacher in config.active_teachers]
         for source in tree["corpus"]["sources"]:
             if source["path"] is not None:
                 source["path"] = os.path.realpath(source["path"])
+                with contextlib.suppress(CorpusError):  # of files that are not there, training says so
+                    source["files"] = find_files(source["path"], source["format"])[0]
             else:
                 source["dataset"] = _resolved(source["dataset"])
         return tree
@@ -304,12 +365,21 @@ def _identity(model: ModelConfig) -> dict[str, Any]:
 def _answers(teacher: TeacherConfig) -> dict[str, Any]:
     """What a teacher's answers depend on."""
     tree = teacher.model_dump(mode="json", exclude={"cache_bytes", "replicas", "resources"})
+    if isinstance(teacher.engine, VllmEngine) and teacher.engine.lora is not None:
+        tree["engine"]["lora"] = _resolved(teacher.engine.lora)
     return tree | _identity(teacher)
 
 
-def _resolved(place: str) -> str:
-    """A folder `latest` points to another one later; a hub id is no place on this machine."""
-    return os.path.realpath(place) if os.path.isdir(place) else place
+def _resolved(place: str) -> Any:
+    """A folder with its files' sizes and times of change: `latest` points to another one later, and a folder may be
+    written anew. A hub id is no place on this machine."""
+    if not os.path.isdir(place):
+        return place
+    folder = Path(os.path.realpath(place))
+    stats = {
+        str(path.relative_to(folder)): path.stat() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    return [str(folder), [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()]]
 
 
 def _result(study: Study, cell: Cell) -> Path:
@@ -328,7 +398,7 @@ def _keep(study: Study, cell: Cell, scores: Sequence[DocumentScore], seconds: fl
     _write(_result(study, cell), json.dumps(record) + "\n")
 
 
-def _read(study: Study, cells: Sequence[Cell]) -> Comparison:
+def _read(study: Study, cells: Sequence[Cell], failures: Mapping[str, str]) -> Comparison:
     records = [json.loads(_result(study, cell).read_text(encoding="utf-8")) for cell in cells]
     return Comparison(
         name=study.name,
@@ -353,6 +423,8 @@ def _read(study: Study, cells: Sequence[Cell]) -> Comparison:
             for arm in study.arms
         },
         num_resamples=study.resamples,
+        fixed=frozenset(arm.name for arm in study.arms if not arm.depends_on_seed),
+        failures=failures,
     )
 
 

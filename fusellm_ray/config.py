@@ -250,7 +250,15 @@ class Resources(Frozen):
         return True
 
 
-class TeacherConfig(ModelConfig):
+class ReaderConfig(ModelConfig):
+    """A model that is read as it is: to learn from it, or to score it."""
+
+    add_bos: bool | None = None
+    """Begin each text with the tokenizer's BOS; default: where the tokenizer itself does. Converted folders (from
+    GGUF, for instance) may have lost that, and some models, such as Gemma, predict badly without."""
+
+
+class TeacherConfig(ReaderConfig):
     """A source model whose knowledge is fused into the target."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
@@ -262,9 +270,6 @@ class TeacherConfig(ModelConfig):
     """Its share under `fusion.rule: weighted`."""
     max_context: int | None = Field(default=None, ge=2)
     """Tokens the model reads at once; default: what its config says."""
-    add_bos: bool | None = None
-    """Begin each text with the tokenizer's BOS; default: where the tokenizer itself does. Converted folders (from
-    GGUF, for instance) may have lost that, and some models, such as Gemma, predict badly without."""
     cache_bytes: int = Field(default=256 << 20, ge=0)
     """Memory a replica uses for its latest answers, so that the same text asked again (by another run of a sweep,
     by a resumed run) is not scored again; a token takes about 4 to 6 bytes a candidate. Answers from it may differ in
@@ -637,6 +642,7 @@ class Config(Frozen):
 
 PRESETS: Mapping[str, dict[str, Any]] = {
     "paper": {
+        "teachers": {"top_k": 10},
         "alignment": {"sequence": "dtw", "straddle": "onehot", "projection": "mined"},
         "fusion": {"rule": "min_ce", "granularity": "row", "unit": "nats_per_token", "gate": "frozen_target"},
         "objective": {"clm_weight": 0.9, "divergence": "forward_kl", "tail": "renormalise"},
@@ -651,7 +657,8 @@ PRESETS: Mapping[str, dict[str, Any]] = {
         },
     },
 }
-"""Named starting points; `preset: paper` selects the paper's choice everywhere (arXiv 2401.10491)."""
+"""Named starting points; `preset: paper` selects the paper's choice everywhere (arXiv 2401.10491). What stands under
+`teachers` holds for each of them."""
 
 
 # ---------------------------------------------------------------------------------------- loading
@@ -703,8 +710,18 @@ def parse_config(tree: Mapping[str, Any], where: str = "config") -> Config:
     if preset is not None:
         if not isinstance(preset, str) or preset not in PRESETS:
             raise ConfigError(f"{where}: preset {preset!r} is unknown; known: {', '.join(PRESETS)}")
-        tree = _merge(PRESETS[preset], tree)
+        tree = _with_preset(preset, tree)
     return validated(Config, tree, where)
+
+
+def _with_preset(preset: str, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree over the preset's."""
+    start = dict(PRESETS[preset])
+    each = start.pop("teachers")
+    merged = _merge(start, tree)
+    if isinstance(merged.get("teachers"), list):
+        merged["teachers"] = [each | t if isinstance(t, dict) else t for t in merged["teachers"]]
+    return merged
 
 
 def validated(kind: type[Tree], tree: Mapping[str, Any], where: str) -> Tree:

@@ -185,11 +185,8 @@ def _times(name: str, amount: float, resources: Mapping[str, float]) -> int:
 
 
 def _asking(config: Config, *, with_teachers: bool) -> list[_Asking]:
-    asking = []
-    for teacher in config.active_teachers if with_teachers else ():
-        asked = teacher.resources
-        amounts = {"CPU": asked.num_cpus, "GPU": asked.num_gpus} | asked.custom
-        asking.append(_Asking(f"teacher {teacher.name}", teacher.replicas.min, _positive(amounts), asked))
+    teachers = config.active_teachers if with_teachers else ()
+    asking = [_asking_of(teacher, teacher.replicas.min) for teacher in teachers]
     # As Ray Train counts: a rank asks for its GPU, or else one CPU, unless it is told what to ask for.
     own = {"GPU": 1.0} if config.trainer.use_gpu else {}
     told = config.trainer.resources_per_worker
@@ -197,17 +194,35 @@ def _asking(config: Config, *, with_teachers: bool) -> list[_Asking]:
     return [*asking, _Asking("ranks", config.trainer.workers.min, _positive(amounts), Resources())]
 
 
+def _asking_of(teacher: TeacherConfig, replicas: int) -> _Asking:
+    asked = teacher.resources
+    amounts = {"CPU": asked.num_cpus, "GPU": asked.num_gpus} | asked.custom
+    return _Asking(f"teacher {teacher.name}", replicas, _positive(amounts), asked)
+
+
 def _positive(amounts: dict[str, float]) -> dict[str, float]:
     return {name: amount for name, amount in amounts.items() if amount}
 
 
-def demand(config: Config, *, with_teachers: bool = True) -> dict[str, float]:
-    """Resources that the run needs at least, by Ray's names."""
+def demand(
+    config: Config, *, with_teachers: bool = True, beside: Sequence[TeacherConfig] = ()
+) -> dict[str, float]:
+    """Resources that the run needs at least, by Ray's names; `beside` it teachers of other runs, fully grown."""
     needs: dict[str, float] = {}
-    for asking in _asking(config, with_teachers=with_teachers):
+    others = [_asking_of(teacher, teacher.replicas.max) for teacher in beside]
+    for asking in [*_asking(config, with_teachers=with_teachers), *others]:
         for name, amount in asking.amounts.items():
             needs[name] = needs.get(name, 0.0) + amount * asking.count
     return needs
+
+
+def fits_beside(config: Config, others: Sequence[TeacherConfig]) -> bool:
+    """Whether the cluster, as large as it is now, has in all what the run and these teachers need."""
+    import ray
+
+    have = ray.cluster_resources()
+    needs = demand(config, beside=others)
+    return all(have.get(name, 0.0) + 1e-6 >= amount for name, amount in needs.items())
 
 
 def describe_demand(config: Config) -> str:

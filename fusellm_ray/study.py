@@ -4,7 +4,8 @@
     arms   what is compared: trained as `base` says but for a few settings, or made without training
     seeds  of the order of the data; every trained arm is trained with each
 
-Trained arms see the same tokens in as many steps: an arm that changes target, corpus or budget is refused.
+Trained arms see the same tokens in as many steps: an arm that changes target, corpus or budget, or that may stop
+early, is refused.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fusellm_ray.config import (
     Config,
     Frozen,
     ModelConfig,
+    ReaderConfig,
     TeacherConfig,
     apply_override,
     parse_config,
@@ -35,7 +37,7 @@ _NAME = r"^[A-Za-z0-9][A-Za-z0-9 _.-]*$"
 _METHOD_SECTIONS = ("alignment", "fusion", "objective")
 _FIELDS = {
     "train": {"teachers", "preset", "set"},
-    "model": {"model", "teacher"},
+    "model": {"model", "teacher", "add_bos"},
     "ensemble": {"teachers"},
     "merge": {"teachers", "method", "parameters"},
 }
@@ -52,10 +54,13 @@ class Arm(Frozen):
     """kind model: a folder or hub id; default: the untrained target."""
     teacher: str | None = None
     """kind model: a teacher of the base, by name."""
+    add_bos: bool | None = None
+    """Of `model`: begin each text with BOS; a teacher's and the target's are the base's."""
     teachers: list[str] | None = Field(default=None, min_length=1)
     """Of the base, by name; default: all. One, with fusion.rule mean, is ordinary knowledge distillation."""
     preset: str | None = None
-    """A preset's alignment, fusion and objective in place of the base's; its budget and optimiser are not taken."""
+    """A preset's alignment, fusion, objective and top_k in place of the base's; its budget and optimiser are not
+    taken."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Dotted keys of the run's configuration → values; none of run."""
     method: Literal["linear", "slerp", "ties", "dare", "sce"] | None = None
@@ -73,6 +78,8 @@ class Arm(Frozen):
             )
         if self.model is not None and self.teacher is not None:
             raise ValueError(f"arm {self.name!r}: give model or teacher, not both")
+        if self.add_bos is not None and self.model is None:
+            raise ValueError(f"arm {self.name!r}: add_bos is of a model; give model, or set it in the base")
         if self.kind == "merge" and self.method is None:
             raise ValueError(f"arm {self.name!r}: kind merge needs a method")
         for key in self.set:
@@ -142,7 +149,9 @@ class Study(Frozen):
         where = f"study {self.name}" + (f", arm {arm.name!r}" if arm else ", base")
         if arm is not None:
             if arm.preset is not None:
-                tree |= {section: copy.deepcopy(PRESETS[arm.preset][section]) for section in _METHOD_SECTIONS}
+                preset = copy.deepcopy(PRESETS[arm.preset])
+                tree |= {section: preset[section] for section in _METHOD_SECTIONS}
+                tree["teachers"] = [teacher | preset["teachers"] for teacher in tree.get("teachers") or []]
             for dotted, value in arm.set.items():
                 set_dotted(tree, dotted, value, where=f"{where}, set {dotted!r}")
             if arm.teachers is not None:
@@ -164,7 +173,7 @@ class Study(Frozen):
         base = self.config()
         if arm.teacher is not None:
             return next(t for t in base.teachers if t.name == arm.teacher)
-        return ModelConfig(model=arm.model) if arm.model else base.target
+        return ReaderConfig(model=arm.model, add_bos=arm.add_bos) if arm.model else base.target
 
 
 def load_study(path: str | Path, overrides: Iterable[str] = ()) -> Study:
@@ -204,6 +213,11 @@ def parse_study(tree: dict[str, Any], where: str = "study") -> Study:
 
 
 def _check_equal_budget(base: Config, config: Config, arm: str, where: str) -> None:
+    if config.training.early_stop is not None:
+        raise ConfigError(
+            f"{where}: arm {arm!r} has training.early_stop, under which arms would end after different numbers of "
+            "steps; leave it out"
+        )
     sides = [c.model_dump(mode="json") for c in (base, config)]
     for key in ("target.model", "target.revision", "corpus", "training.steps", "training.batch_rows"):
         values: list[Any] = sides

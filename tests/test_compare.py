@@ -6,6 +6,9 @@ import contextlib
 import copy
 import json
 import os
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 
 from fusellm_ray import compare
 from fusellm_ray.compare import _by_teachers, _cells, run_comparison
+from fusellm_ray.errors import FuseLLMError
 from fusellm_ray.evaluate.models import evaluate_models
 from fusellm_ray.job import Outcome
 from fusellm_ray.study import Study, parse_study
@@ -92,6 +96,83 @@ def test_a_study_without_trained_arms_needs_no_ray(tmp_path: Path, tokenizer_fol
     assert "| untouched |" in (study.folder / "comparison.md").read_text()
 
 
+def test_arms_that_fail_are_named_and_cost_no_other(
+    tmp_path: Path, tokenizer_folders: dict[str, Path], ray_session: None
+):
+    arms = [
+        {"name": "untouched", "kind": "model"},
+        {"name": "gone", "kind": "model", "model": str(tmp_path / "absent")},
+        {"name": "greedy", "teachers": ["left"], "set": {"teachers.0.top_k": 100_000}},
+        {"name": "clm", "set": {"fusion.rule": "none"}},
+    ]
+    study = tiny_study(tmp_path, tokenizer_folders, arms=arms)
+    with pytest.raises(
+        FuseLLMError, match=r"2 of 4 results could not be made \(gone, seed 0; greedy, seed 0\)"
+    ):
+        run_comparison(study)
+    told = json.loads((study.folder / "comparison.json").read_text())
+    assert list(told["models"]) == ["untouched", "clm"]
+    assert told["differences"].keys() == {"untouched"}
+    assert "top_k=100000 exceeds the vocabulary" in told["failures"]["greedy, seed 0"]
+    assert "- gone, seed 0: ModelError" in (study.folder / "comparison.md").read_text()
+
+
+def test_a_study_stopped_during_a_step_goes_on_there_with_each_seed_once(
+    tmp_path: Path, tokenizer_folders: dict[str, Path], ray_session: None
+):
+    arms = [
+        {"name": "untouched", "kind": "model"},
+        {"name": "kd", "teachers": ["left"], "set": {"fusion.rule": "mean"}},
+    ]
+    study = tiny_study(tmp_path, tokenizer_folders, arms=arms, seeds=[0, 1], against="untouched")
+    steps = 80  # the stop reaches a rank about a second after the first of them
+    study.base["training"]["steps"] = study.base["checkpoint"]["every_steps"] = steps
+    study.base["trainer"]["workers"] = 1
+
+    def stop_after_a_step() -> None:
+        logs = (study.folder / "runs").glob
+        while not any('"event": "step"' in log.read_text() for log in logs("kd-*/metrics.jsonl")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    stopper = threading.Thread(target=stop_after_a_step, daemon=True)
+    stopper.start()
+    assert not run_comparison(study)
+    stopper.join()
+    (log,) = (study.folder / "runs").glob("*/metrics.jsonl")
+    (checkpoint,) = log.parent.glob("step_*")
+    assert 0 < int(checkpoint.name.removeprefix("step_")) < steps
+    assert [path.name.split("-")[0] for path in (study.folder / "results").iterdir()] == ["untouched"]
+
+    assert run_comparison(study)
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [record["step"] for record in records if record["event"] == "step"] == list(range(1, steps + 1))
+    told = json.loads((study.folder / "comparison.json").read_text())
+    kd, untouched = told["models"]["kd"], told["models"]["untouched"]
+    assert kd["seeds"]["0"]["mean"] != kd["seeds"]["1"]["mean"]
+    assert kd["mean"] < untouched["mean"]
+    assert told["differences"]["kd"]["mean"]["difference"] == pytest.approx(kd["mean"] - untouched["mean"])
+
+
+def test_idle_teachers_make_room_where_the_cluster_cannot_hold_both(
+    tmp_path: Path, tokenizer_folders: dict[str, Path], ray_session: None
+):
+    stopped: list[str] = []
+    arms = [{"name": name, "teachers": [name]} for name in ("left", "right")]
+    for cpus, expected in ((0.1, []), (5, ["left"])):
+        study = tiny_study(tmp_path / str(cpus), tokenizer_folders, arms=arms, against="left")
+        for teacher in study.base["teachers"]:
+            teacher["resources"] = {"num_cpus": cpus}
+        left, right = (study.config(arm) for arm in study.arms)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(compare, "supervise", lambda _, teachers: teachers[0].name)
+            patch.setattr(compare, "stop_pools", lambda pools: stopped.extend(pools.values()))
+            teachers = compare._Teachers()
+            teachers.up(left)
+            assert teachers.up(right) == {"right": "right"}
+            assert stopped == expected
+
+
 def test_runs_with_the_same_teachers_follow_each_other(tmp_path: Path, tokenizer_folders: dict[str, Path]):
     arms = [
         {"name": "a"},
@@ -164,13 +245,21 @@ def test_a_result_stays_where_only_speed_and_place_change(tmp_path: Path, monkey
     assert names() == before
 
 
-def test_evaluations_are_part_of_a_result_where_they_may_end_training():
-    held_out = HUB["base"]["evaluation"] | {"every_steps": 5}
-    stopping = {"steps": 10, "early_stop": {"patience": 1}}
-    assert not changed(evaluation=held_out)
-    before = names(training=stopping, evaluation=held_out)
-    after = names(training=stopping, evaluation=held_out | {"every_steps": 2})
-    assert {arm for arm in before if before[arm] != after[arm]} == {"clm", "fused"}
+def test_evaluations_during_training_are_no_part_of_a_result():
+    assert not changed(evaluation=HUB["base"]["evaluation"] | {"every_steps": 5})
+
+
+def test_a_result_belongs_to_what_files_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.jsonl").write_text("{}\n")
+    (tmp_path / "model").mkdir()
+    sources = [{"name": "x", "path": str(tmp_path / "*.jsonl")}]
+    before = names(corpus={"sources": sources})
+    assert names(corpus={"sources": sources}) == before
+    (tmp_path / "x.jsonl").write_text('{"text": "more"}\n')
+    (tmp_path / "model" / "config.json").write_text("{}")
+    after = names(corpus={"sources": sources})
+    assert {arm for arm in before if before[arm] != after[arm]} == {"home", "clm", "fused"}
 
 
 def test_a_result_belongs_to_what_latest_points_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -195,11 +284,13 @@ def test_checkpoints_stay_until_their_scores_are_written(tmp_path: Path, monkeyp
     checkpoint.mkdir(parents=True)
     kept: list[bool] = []
     monkeypatch.setattr(compare, "local_or_running_cluster", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(compare, "_require_resources", lambda *_: None)
+    monkeypatch.setattr(compare._Teachers, "up", lambda *_: {})
     monkeypatch.setattr(compare, "run_job", lambda *_, **__: Outcome(10, is_finished=True))
     monkeypatch.setattr(compare, "export_run", lambda _, folder: folder.mkdir(parents=True))
     monkeypatch.setattr(compare, "evaluate_model", lambda *_, **__: [])
     monkeypatch.setattr(compare, "_keep", lambda *_: kept.append(checkpoint.is_dir()))
-    assert compare._make(study, [cell], [], compare.Console(quiet=True))
+    assert compare._make(study, [cell], [], compare.Console(quiet=True), {})
     assert kept == [True]
     assert not checkpoint.exists()
 
@@ -212,6 +303,7 @@ def test_a_stop_during_an_arms_last_step_keeps_the_arm_and_begins_no_other(
     assert len(cells) > 1
     kept: list[str] = []
     monkeypatch.setattr(compare, "local_or_running_cluster", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(compare, "_require_resources", lambda *_: None)
     monkeypatch.setattr(compare._Teachers, "up", lambda *_: {})
     monkeypatch.setattr(
         compare, "run_job", lambda *_, **__: Outcome(10, is_finished=True, stop_requested=True)
@@ -219,5 +311,5 @@ def test_a_stop_during_an_arms_last_step_keeps_the_arm_and_begins_no_other(
     monkeypatch.setattr(compare, "_score_trained", lambda *_: [])
     monkeypatch.setattr(compare, "_drop_checkpoints", lambda *_: None)
     monkeypatch.setattr(compare, "_keep", lambda study, cell, *_: kept.append(cell.name))
-    assert not compare._make(study, cells, [], compare.Console(quiet=True))
+    assert not compare._make(study, cells, [], compare.Console(quiet=True), {})
     assert kept == [cells[0].name]

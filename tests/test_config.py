@@ -39,6 +39,13 @@ def test_the_paper_preset_selects_the_papers_choices_and_yields_to_the_file():
     assert config.objective.tail == "renormalise"
     assert config.training.batch_rows == 128
     assert config.objective.clm_weight == 0.7
+    assert [teacher.top_k for teacher in config.teachers] == [10]
+    told = minimal() | {"preset": "paper"}
+    told["teachers"][0]["top_k"] = 4
+    assert [teacher.top_k for teacher in parse_config(told).teachers] == [4]
+    alone = minimal() | {"preset": "paper", "fusion": {"rule": "none"}}
+    del alone["teachers"]
+    assert not parse_config(alone).teachers
 
 
 def test_the_frozen_target_is_one_more_teacher_with_the_first_ones_engine():

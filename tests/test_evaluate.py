@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 
 from fusellm_ray.alignment.project import Aligner
 from fusellm_ray.config import AlignmentConfig, TeacherConfig
 from fusellm_ray.corpus.tokens import ByteTokenizer
-from fusellm_ray.errors import ConfigError, CorpusError
+from fusellm_ray.errors import ConfigError, CorpusError, ModelError, TokenizerError
 from fusellm_ray.evaluate import models as evaluate_module
 from fusellm_ray.evaluate.alignment import picture, sequences_of, show_alignment
 from fusellm_ray.evaluate.ensemble import evaluate_ensemble
@@ -80,6 +81,66 @@ def test_corpora_must_be_named_and_named_once(models: dict[str, Path], tmp_path:
         evaluate_models([str(models["a"])], [f"x={tmp_path / 'x.txt'}"] * 2)
     with pytest.raises(ConfigError, match=r"--corpus 'my text=.*\n  name: String should match"):
         evaluate_models([str(models["a"])], [f"my text={tmp_path / 'x.txt'}"])
+
+
+def test_a_saved_dataset_is_a_corpus_with_its_splits(
+    models: dict[str, Path], tmp_path: Path, arrow_cache: Path
+):
+    texts = [TEXT, TEXT[:40]]
+    splits = {"train": ["other"], "test": texts}
+    saved = datasets.DatasetDict({k: datasets.Dataset.from_dict({"body": v}) for k, v in splits.items()})
+    saved.save_to_disk(tmp_path / "saved")
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    name = str(models["a"])
+    places = [f"dataset:{tmp_path / 'saved'},split=test", str(tmp_path / "x.jsonl")]
+    bits = [
+        evaluate_models([name], [f"x={place}"], field="body", num_resamples=10)["models"][name]["mean"]
+        for place in places
+    ]
+    assert bits[0] == bits[1]
+    with pytest.raises(CorpusError, match="has no split 'validation'; it has train, test"):
+        evaluate_models([name], [f"x=dataset:{tmp_path / 'saved'},split=validation"], field="body")
+    with pytest.raises(ConfigError, match="spilt: unknown key; did you mean 'split'"):
+        evaluate_models([name], [f"x=dataset:{tmp_path / 'saved'},spilt=test"], field="body")
+    with pytest.raises(ConfigError, match="'weight=2' is no setting of a dataset"):
+        evaluate_models([name], [f"x=dataset:{tmp_path / 'saved'},weight=2"], field="body")
+    with pytest.raises(CorpusError, match=r"written by Dataset\.save_to_disk; give it as a dataset"):
+        evaluate_models([name], [f"x={tmp_path / 'saved'}"], field="body")
+
+
+def test_what_cannot_be_evaluated_is_refused_before_the_first_model_is_scored(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "x.txt").write_text(TEXT)
+    monkeypatch.setattr(evaluate_module, "evaluate_model", lambda *_, **__: pytest.fail("scored"))
+    name, corpus = str(models["a"]), [f"x={tmp_path / 'x.txt'}"]
+    absent = str(tmp_path / "absent")
+    with pytest.raises((ModelError, TokenizerError), match="absent"):
+        evaluate_models([name, absent], corpus)
+    with pytest.raises((ModelError, TokenizerError), match="absent"):
+        evaluate_models([name], corpus, ensembles=[f"{name},{absent}"])
+    with pytest.raises(ConfigError, match="tasks are not run on ensembles"):
+        evaluate_models([name], [], tasks=["boolq"], ensembles=[f"{name},{name}"])
+    with pytest.raises(ConfigError, match=r"--add-bos 'other' is none of the models"):
+        evaluate_models([name], corpus, add_bos=["other"])
+
+
+def test_a_model_told_to_begins_texts_with_bos_alone_and_in_an_ensemble(
+    tokenizer_folders: dict[str, Path], tmp_path: Path
+):
+    (tmp_path / "x.txt").write_text(TEXT)
+    # Its tokenizer has a BOS, and adds none.
+    name = str(model_folder("llama_tied", tokenizer_folders["bytelevel"], tmp_path / "model", seed=1))
+    corpus = [f"x={tmp_path / 'x.txt'}"]
+    plain = evaluate_models([name], corpus, num_resamples=10)["models"][name]["domains"]["x"]
+    told = evaluate_models([name], corpus, add_bos=[name], ensembles=[f"{name},{name}"], num_resamples=10)[
+        "models"
+    ]
+    alone, team = (told[key]["domains"]["x"] for key in told)
+    # With BOS the first token is predicted, too.
+    assert (alone["bytes"], alone["tokens"]) == (len(TEXT.encode()), plain["tokens"] + 1)
+    assert plain["bytes"] < alone["bytes"]
+    assert team["bits_per_byte"] == pytest.approx(alone["bits_per_byte"], rel=1e-5)
 
 
 def test_threads_and_dtype_hold_for_ensembles_too(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,13 @@ def test_an_arm_without_training_is_the_very_model_that_training_starts_from():
     arms = [
         {"name": "untouched", "kind": "model"},
         {"name": "a alone", "kind": "model", "teacher": "a"},
-        {"name": "other", "kind": "model", "model": "~/other"},
+        {"name": "other", "kind": "model", "model": "~/other", "add_bos": True},
     ]
     s = study(*arms, base=base)
     untouched, teacher, other = (s.model(arm) for arm in s.arms[-3:])
     assert (untouched.model, untouched.revision, untouched.trust_remote_code) == ("target", "v1", True)
     assert (teacher.model, teacher.revision) == ("A", "v2")
-    assert other.model == str(Path.home() / "other")
+    assert (other.model, other.add_bos) == (str(Path.home() / "other"), True)
 
 
 def test_a_preset_replaces_the_method_and_leaves_the_budget():
@@ -89,6 +90,7 @@ def test_a_preset_replaces_the_method_and_leaves_the_budget():
         told = getattr(config, section).model_dump()
         assert {key: told[key] for key in PRESETS["paper"][section]} == PRESETS["paper"][section]
     assert config.training == s.config().training
+    assert [teacher.top_k for teacher in config.teachers] == [10, 10]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +109,7 @@ def test_a_preset_replaces_the_method_and_leaves_the_budget():
         ({"name": "x", "kind": "ensemble", "teachers": ["a"]}, "needs two teachers"),
         ({"name": "x", "preset": "papr"}, "preset 'papr' is unknown"),
         ({"name": "x", "knd": "merge"}, "did you mean 'kind'"),
+        ({"name": "x", "kind": "model", "teacher": "a", "add_bos": True}, "add_bos is of a model"),
         ({"name": "x", "set": {"run.seed": 3}}, "'run.seed' means nothing"),
         ({"name": "a+b"}, "should match pattern"),
     ],
@@ -114,6 +117,18 @@ def test_a_preset_replaces_the_method_and_leaves_the_budget():
 def test_a_study_that_cannot_be_compared_is_refused(arm: dict[str, Any], says: str):
     with pytest.raises(ConfigError, match=says):
         study(arm)
+
+
+def test_a_study_whose_arms_may_end_early_is_refused():
+    evaluation = TREE["base"]["evaluation"] | {"every_steps": 2}
+    with pytest.raises(ConfigError, match=r"arm 'x' has training\.early_stop"):
+        study(
+            {"name": "x", "set": {"training.early_stop": {"patience": 1}}},
+            base=TREE["base"] | {"evaluation": evaluation},
+        )
+    training = TREE["base"]["training"] | {"early_stop": {"patience": 1}}
+    with pytest.raises(ConfigError, match=r"arm 'clm' has training\.early_stop"):
+        study(base=TREE["base"] | {"evaluation": evaluation, "training": training})
 
 
 def test_the_arm_compared_with_and_the_held_out_text_must_be_there():
@@ -147,6 +162,7 @@ def comparison() -> Comparison:
         },
         details={name: {"kind": "train"} for name in ("base", "clm", "ours")},
         num_resamples=50,
+        fixed=frozenset({"base"}),
     )
 
 
@@ -172,3 +188,37 @@ def test_the_table_and_the_json_say_the_same(comparison: Comparison):
     text = comparison.markdown()
     assert "| ours | **1.9500** | **2.9500** | **2.4500 ± 0.0707** | -0.1500 (-0.1500 to -0.1500) |" in text
     assert "| clm | 2.1000 | 3.1000 | 2.6000 ± 0.1414 |  |" in text
+
+
+def without(comparison: Comparison, arm: str, *seeds: int) -> Comparison:
+    """Without these seeds of an arm; without all of them, without the arm."""
+    scores = {name: dict(by_seed) for name, by_seed in comparison.scores.items()}
+    for seed in seeds:
+        del scores[arm][seed]
+    return replace(comparison, scores={name: by_seed for name, by_seed in scores.items() if by_seed})
+
+
+def test_arms_of_an_unfinished_study_are_compared_over_the_seeds_that_both_have(comparison: Comparison):
+    part = without(comparison, "ours", 0)
+    # Seed 1: 2.0 against 2.2. The base, which draws nothing at random, stays with both seeds of clm.
+    assert part.differences["ours"]["x"].difference == pytest.approx(-0.2)
+    assert part.differences["base"]["x"].difference == pytest.approx(0.9)
+    text = part.markdown()
+    assert "differences over the n that both have" in text
+    assert "2.5000**, n = 1" in text or "2.5000, n = 1" in text
+    assert "-0.2000 (-0.2000 to -0.2000), n = 1" in text
+    assert "+0.9000 (+0.9000 to +0.9000), n = 2" in text
+    # No seed in common.
+    apart = without(without(comparison, "ours", 0), "clm", 1)
+    assert "ours" not in apart.differences
+    assert "ours" in apart.markdown()
+
+
+def test_without_the_arm_compared_with_there_is_a_table_without_differences(comparison: Comparison):
+    part = replace(without(comparison, "clm", 0, 1), failures={"clm, seed 0": "ModelError: gone"})
+    told, text = part.as_json(), part.markdown()
+    assert told["models"]["ours"]["mean"] == pytest.approx(2.45)
+    assert told["differences"] == {}
+    assert told["failures"] == {"clm, seed 0": "ModelError: gone"}
+    assert "| ours | **1.9500** |" in text
+    assert "Failed, and missing above:\n\n- clm, seed 0: ModelError: gone" in text

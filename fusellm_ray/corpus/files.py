@@ -57,6 +57,8 @@ def find_files(path: str, wanted: Literal["auto"] | FileFormat) -> tuple[tuple[F
         CorpusError: nothing is there, or formats are mixed.
     """
     place = Path(path).expanduser()
+    if any((place / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        raise CorpusError(f"path {path!r} was written by Dataset.save_to_disk; give it as a dataset instead")
     if place.is_dir():
         inside = [p for p in place.rglob("*") if p.is_file()]
         found = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(place).parts)]

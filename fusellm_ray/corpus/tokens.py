@@ -25,7 +25,7 @@ import numpy.typing as npt
 import transformers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fusellm_ray.config import ModelConfig, TeacherConfig
+from fusellm_ray.config import ModelConfig, ReaderConfig
 from fusellm_ray.corpus.spelling import is_byte_level, prepended_token, special_tokens, speller, text_only
 from fusellm_ray.errors import TokenizerError
 
@@ -154,7 +154,7 @@ class ByteTokenizer:
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
             vocab_size=vocab_size,
-            add_bos=model.add_bos if isinstance(model, TeacherConfig) else None,
+            add_bos=model.add_bos if isinstance(model, ReaderConfig) else None,
         )
 
     def encode(self, text: str) -> Encoding:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,10 +25,14 @@ class Comparison:
     name: str
     against: str
     scores: Mapping[str, Mapping[int, Sequence[DocumentScore]]]
-    """Arm → seed → documents. An arm that draws nothing at random has one seed."""
+    """Arm → seed → documents."""
     details: Mapping[str, Mapping[str, Any]]
     """Arm → what else is to be kept about it."""
     num_resamples: int
+    fixed: frozenset[str] = frozenset()
+    """Arms that draw nothing at random: their one seed stands for all."""
+    failures: Mapping[str, str] = field(default_factory=dict)
+    """What could not be made → why."""
 
     @cached_property
     def bits(self) -> dict[str, dict[int, dict[str, float]]]:
@@ -44,9 +48,34 @@ class Comparison:
 
     @cached_property
     def differences(self) -> dict[str, dict[str, Interval]]:
-        averaged = {arm: _average(list(by_seed.values())) for arm, by_seed in self.scores.items()}
-        bootstrap = PairedBootstrap(averaged, num_resamples=self.num_resamples)
-        return {arm: bootstrap.difference(arm, self.against) for arm in self.scores if arm != self.against}
+        """Arm → domain or `MEAN` → difference from `against`, over the seeds that both have."""
+        arms = {arm: self.shared_seeds(arm) for arm in self.scores if arm != self.against}
+        bootstraps = {
+            seeds: PairedBootstrap(
+                {
+                    arm: _average(self._of_seeds(arm, seeds))
+                    for arm in self.scores
+                    if arm == self.against or arms[arm] == seeds
+                },
+                num_resamples=self.num_resamples,
+            )
+            for seeds in set(arms.values())
+            if seeds
+        }
+        return {arm: bootstraps[seeds].difference(arm, self.against) for arm, seeds in arms.items() if seeds}
+
+    def shared_seeds(self, arm: str) -> tuple[int, ...]:
+        """Seeds on which an arm can be compared with `against`."""
+        own, other = self.scores[arm].keys(), self.scores.get(self.against, {}).keys()
+        if arm in self.fixed:
+            return tuple(sorted(other))
+        if self.against in self.fixed and other:
+            return tuple(sorted(own))
+        return tuple(sorted(own & other))
+
+    def _of_seeds(self, arm: str, seeds: Sequence[int]) -> list[Sequence[DocumentScore]]:
+        own = self.scores[arm]
+        return list(own.values()) if arm in self.fixed else [own[seed] for seed in seeds]
 
     def mean(self, arm: str, domain: str) -> float:
         return statistics.fmean(by[domain] for by in self.bits[arm].values())
@@ -58,7 +87,7 @@ class Comparison:
 
     def by_seed(self, arm: str) -> dict[int, float]:
         """Seed → difference of the means from `against`, for seeds that both have."""
-        other = self.bits[self.against]
+        other = self.bits.get(self.against, {})
         return {seed: by[MEAN] - other[seed][MEAN] for seed, by in self.bits[arm].items() if seed in other}
 
     def grid(self) -> Grid:
@@ -69,7 +98,12 @@ class Comparison:
             cells = [f"{self.mean(arm, domain):.4f}" for domain in domains]
             spread = self.spread(arm, MEAN)
             cells[-1] += "" if spread is None else f" ± {spread:.4f}"
-            difference = "" if arm == self.against else show_interval(self.differences[arm][MEAN])
+            difference = ""
+            if arm in self.differences:
+                difference = show_interval(self.differences[arm][MEAN])
+            if self._is_uneven:
+                cells[-1] += f", n = {len(self.bits[arm])}"
+                difference += f", n = {len(self.shared_seeds(arm))}" if difference else ""
             rows.append([arm, *cells, difference])
         best = frozenset(
             (min(range(len(rows)), key=lambda i, d=d: self.mean(rows[i][0], d)), j)  # type: ignore[misc]
@@ -81,6 +115,9 @@ class Comparison:
         parts = [f"# {self.name}\n", self.grid().markdown()]
         if self.differences:
             parts.append(difference_grid(self.differences, self.against).markdown())
+        if self.failures:
+            lines = [f"- {what}: {why}\n" for what, why in self.failures.items()]
+            parts.append("Failed, and missing above:\n\n" + "".join(lines))
         return "\n".join(parts)
 
     def as_json(self) -> dict[str, Any]:
@@ -105,6 +142,7 @@ class Comparison:
                 for arm, own in self.differences.items()
             },
             "bootstrap": {"resamples": self.num_resamples, "seed": 0, "level": LEVEL},
+            "failures": dict(self.failures),
         }
 
     @property
@@ -112,10 +150,18 @@ class Comparison:
         """`MEAN` is the last."""
         return list(next(iter(next(iter(self.bits.values())).values())))
 
+    @property
+    def _is_uneven(self) -> bool:
+        """Not every arm has all the seeds that others have."""
+        drawn = [tuple(by_seed) for arm, by_seed in self.scores.items() if arm not in self.fixed]
+        return len(set(drawn)) > 1
+
     def _title(self) -> str:
-        seeds = max(len(by_seed) for by_seed in self.scores.values())
+        seeds = f"{max(len(by_seed) for by_seed in self.scores.values())} seed(s)"
+        if self._is_uneven:
+            seeds = "n seeds, differences over the n that both have"
         return (
-            f"bits per byte on held-out text (lower is better); mean of {seeds} seed(s), ± their standard deviation; "
+            f"bits per byte on held-out text (lower is better); mean of {seeds}, ± their standard deviation; "
             f"{LEVEL:.0%} paired bootstrap interval over documents"
         )
 

@@ -1,19 +1,24 @@
 """Tasks of EleutherAI's lm-evaluation-harness by name (optional extra `harness`), with data from a hub or a folder.
 
-DATA/TASK/SPLIT.jsonl   (or .json, .parquet) the records of a task that the harness knows, in its data set's fields
+DATA/TASK/SPLIT.jsonl   (or .json, .parquet) the records of a task that the harness knows, in its data set's fields;
+                        a group's tasks each have a folder of their own
 DATA/**/*.yaml          tasks of your own, in the harness's format
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from tokenizers.processors import TemplateProcessing
 
-from fusellm_ray.config import ModelConfig
-from fusellm_ray.errors import ConfigError, CorpusError
+from fusellm_ray.config import ReaderConfig
+from fusellm_ray.errors import ConfigError, CorpusError, ModelError
 from fusellm_ray.evaluate.table import Grid
 from fusellm_ray.models import load_causal_lm, load_hf_tokenizer
 
@@ -22,7 +27,8 @@ _FIRST = ("acc_norm", "acc", "exact_match")
 """Metrics that stand for a task in the table, in this order, where it has them."""
 
 TaskScores = Mapping[str, Mapping[str, float]]
-"""Task → metric → value; a metric's standard error is METRIC_stderr."""
+"""Task or group → metric → value. A metric is NAME, or NAME,FILTER where the harness filters answers; its standard
+error is NAME_stderr or NAME_stderr,FILTER."""
 
 
 class Harness:
@@ -32,13 +38,24 @@ class Harness:
         tasks: names that the harness knows, groups and tags included, or those of tasks in `data`.
         data: folder, see above; a task without a folder in it comes from the hub.
         limit: at most so many examples of each task.
+        allow_code_execution: tasks may run the Python that models write.
 
     Raises:
-        ConfigError: the harness is not installed, or knows no such task.
+        ConfigError: the harness is not installed, knows no such task, or one that runs code is not allowed to.
         CorpusError: a task's data cannot be had.
     """
 
-    def __init__(self, tasks: Sequence[str], *, data: Path | None = None, limit: int | None = None) -> None:
+    columns: Sequence[str]
+    """What stands in the table: the tasks, and in place of a group's its mean, where it has one."""
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        *,
+        data: Path | None = None,
+        limit: int | None = None,
+        allow_code_execution: bool = False,
+    ) -> None:
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
@@ -57,63 +74,169 @@ class Harness:
             raise ConfigError(
                 f"--tasks: the harness knows no {', '.join(unknown)}; `lm-eval ls tasks` lists all"
             )
-        self._limit = limit
+        leaves = {name: dict(_leaves(manager.task_index, name)) for name in tasks}
+        unsafe = sorted(
+            {leaf for own in leaves.values() for leaf, config in own.items() if _runs_code(config)}
+        )
+        if unsafe and not allow_code_execution:
+            raise ConfigError(
+                f"--tasks: {', '.join(unsafe)} run the Python that models write, on this machine and without a "
+                "sandbox; give --allow-code-execution if you accept that"
+            )
+        if unsafe:
+            os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric's own question, asked when it is loaded
+        self._limit, self._manager, self._runs_code = limit, manager, bool(unsafe)
         self._tasks: list[Any] = []
-        for name in tasks:
-            files = {} if data is None else _files(data / name)
-            # A group's members may override what the registered task says.
-            local = {"group": f"local {name}", "task": [{"task": name, **_override(files)}]}
-            try:
-                self._tasks += manager.load([local if files else name])["tasks"].values()
-            except Exception as error:  # data sets raise whatever their host made them
-                raise CorpusError(
-                    f"task {name}: its data cannot be loaded ({_first_line(error)}); where no hub can be reached, put "
-                    f"it into DATA/{name}/SPLIT.jsonl and give --data DATA"
-                ) from error
+        columns: list[str] = []
+        with tempfile.TemporaryDirectory(prefix="fusellm_ray_") as overrides:
+            for name, own in leaves.items():
+                if data is not None:
+                    _use_local_data(manager.task_index, name, list(own), data, Path(overrides))
+                try:
+                    loaded = manager.load([name])
+                except Exception as error:  # data sets raise whatever their host made them
+                    tasks_of = "" if name in own else f" for each of {', '.join(own)}"
+                    raise CorpusError(
+                        f"task {name}: cannot be loaded ({_first_line(error)}); where no hub can be reached, put its "
+                        f"data into DATA/{name if name in own else 'TASK'}/SPLIT.jsonl{tasks_of} and give --data DATA"
+                    ) from error
+                group = loaded.get("groups", {}).get(name)
+                self._tasks += loaded["tasks"].values() if group is None else [group]
+                columns += loaded["tasks"] if group is None or not group.aggregate_metric_list else [name]
+        try:
+            manager.load(list(self._tasks))
+        except ValueError as error:
+            raise ConfigError(f"--tasks {','.join(tasks)}: {error}; name it once") from error
+        self.columns = columns
 
     def evaluate(
-        self, model: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, batch_size: int = 8
+        self,
+        model: ReaderConfig,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 8,
     ) -> dict[str, dict[str, float]]:
-        """Task → metric → value of one model: a folder or hub id."""
+        """`TaskScores` of one model.
+
+        Raises:
+            ModelError: it cannot be loaded, or the harness failed on it.
+        """
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        config = ModelConfig(model=model)
-        causal_lm = load_causal_lm(config, dtype=dtype)
+        causal_lm = load_causal_lm(model, dtype=dtype)
         causal_lm.to(device)  # type: ignore[arg-type]
         wrapped = HFLM(
-            pretrained=causal_lm, tokenizer=load_hf_tokenizer(config), batch_size=batch_size, device=device
+            pretrained=causal_lm,
+            tokenizer=_tokenizer(model),
+            batch_size=batch_size,
+            device=device,
+            add_bos_token=model.add_bos,
         )
-        answer = simple_evaluate(
-            wrapped, tasks=list(self._tasks), limit=self._limit, log_samples=False, bootstrap_iters=1000
-        )
+        try:
+            answer = simple_evaluate(
+                wrapped,
+                tasks=list(self._tasks),
+                task_manager=self._manager,
+                limit=self._limit,
+                log_samples=False,
+                bootstrap_iters=1000,
+                confirm_run_unsafe_code=self._runs_code,
+            )
+        except Exception as error:  # a task's own code raises whatever it met
+            raise ModelError(
+                f"{model.model} on tasks {', '.join(self.columns)}: lm-evaluation-harness failed with "
+                f"{type(error).__name__}: {_first_line(error)}"
+            ) from error
         assert answer is not None
-        return {task: _numbers(values) for task, values in answer["results"].items()}
+        results = answer["results"] | answer.get("groups", {})
+        scores = {task: _numbers(values) for task, values in results.items()}
+        return {task: values for task, values in scores.items() if values}
 
 
-def task_grid(scores: Mapping[str, TaskScores]) -> Grid:
+def task_grid(scores: Mapping[str, TaskScores], columns: Sequence[str]) -> Grid:
     """A row a model, a column a task: its first metric with the standard error, the best of each column in bold."""
-    tasks = {task: main_metric(values) for task, values in next(iter(scores.values())).items()}
+    first = next(iter(scores.values()))
+    tasks = {task: main_metric(first[task]) for task in columns}
     rows = []
     for model, own in scores.items():
         cells = []
         for task, metric in tasks.items():
-            error = own[task].get(f"{metric}_stderr")
+            name, comma, answer_filter = metric.partition(",")
+            error = own[task].get(f"{name}_stderr{comma}{answer_filter}")
             cells.append(f"{own[task][metric]:.4f}" + ("" if error is None else f" ± {error:.4f}"))
         rows.append([model, *cells])
-    columns = [f"{task} ({metric})" for task, metric in tasks.items()]
     best = frozenset(
         (i, j)
         for j, (task, metric) in enumerate(tasks.items(), 1)
         for i, own in enumerate(scores.values())
         if own[task][metric] == max(other[task][metric] for other in scores.values())
     )
-    return Grid("tasks, ± their standard error (higher is better)", ["model", *columns], rows, best)
+    headings = [f"{task} ({metric})" for task, metric in tasks.items()]
+    return Grid("tasks, ± their standard error (higher is better)", ["model", *headings], rows, best)
 
 
 def main_metric(values: Mapping[str, float]) -> str:
-    """The metric that stands for a task."""
-    return next((name for name in _FIRST if name in values), next(iter(values)))
+    """The metric that stands for a task, with its filter."""
+    known = {name.partition(",")[0]: name for name in reversed(list(values))}  # of several filters the first
+    return next((known[name] for name in _FIRST if name in known), next(iter(values)))
+
+
+def _leaves(index: Mapping[str, Any], name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(name, configuration) of each task that a task, tag or group stands for; functions in it are not loaded."""
+    entry = index[name]
+    if entry.kind.name == "TAG":
+        for child in sorted(entry.tags):
+            yield from _leaves(index, child)
+    elif entry.kind.name == "GROUP":
+        yield from _members(index, entry.cfg)
+    else:
+        yield name, entry.cfg
+
+
+def _members(index: Mapping[str, Any], group: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for member in group.get("task") or []:
+        child = member if isinstance(member, str) else member.get("group") or member.get("task")
+        if child in index:
+            yield from _leaves(index, child)
+        elif "group" in member:  # defined where it is used
+            yield from _members(index, member)
+        else:
+            yield child, member
+
+
+def _runs_code(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("unsafe_code"))
+
+
+def _use_local_data(
+    index: Mapping[str, Any], name: str, leaves: Sequence[str], data: Path, scratch: Path
+) -> None:
+    """Make the index read tasks from the files in DATA, each by a configuration that includes the task's own."""
+    if name not in leaves and _files(data / name):
+        raise ConfigError(
+            f"--data: {data / name} holds records, and {name} is a group; its tasks are {', '.join(leaves)}: "
+            f"put each one's into {data}/TASK/SPLIT.jsonl"
+        )
+    for leaf in leaves:
+        files = _files(data / leaf)
+        if files and leaf in index and index[leaf].yaml_path.parent != scratch:
+            changed = scratch / f"{leaf}.yaml"
+            changed.write_text(yaml.safe_dump({"include": str(index[leaf].yaml_path)} | _override(files)))
+            index[leaf].yaml_path = changed
+
+
+def _tokenizer(model: ReaderConfig) -> Any:
+    tokenizer: Any = load_hf_tokenizer(model)
+    if (
+        model.add_bos
+    ):  # all that the harness can do is to ask for the special tokens that a tokenizer adds by itself
+        bos = tokenizer.bos_token
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=[bos, "$A"], special_tokens=[(bos, tokenizer.bos_token_id)]
+        )
+    return tokenizer
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -123,8 +246,6 @@ def _files(folder: Path) -> dict[str, Path]:
 
 def _override(files: Mapping[str, Path]) -> dict[str, Any]:
     """What makes a task read these files in place of its data set."""
-    if not files:
-        return {}
     readers = {_READERS[path.suffix] for path in files.values()}
     if len(readers) > 1:
         folder = next(iter(files.values())).parent
@@ -134,16 +255,16 @@ def _override(files: Mapping[str, Path]) -> dict[str, Any]:
     return {
         "dataset_path": readers.pop(),
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {split: str(path) for split, path in files.items()}},
+        "dataset_kwargs": {"data_files": {split: str(path.absolute()) for split, path in files.items()}},
     }
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """`acc,none` → `acc`; a filter other than none stays in the name."""
+    """`acc,none` → `acc`; a filter other than none stays in the name. `sample_len` is a count, not a score."""
     return {
         name.removesuffix(",none"): float(value)
         for name, value in values.items()
-        if name != "alias" and isinstance(value, int | float)
+        if name != "sample_len" and isinstance(value, int | float)
     }
 
 

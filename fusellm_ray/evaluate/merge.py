@@ -44,7 +44,8 @@ def merge_models(
         seed: of dare's draws.
 
     Raises:
-        ConfigError: mergekit is not installed, fewer than two models, or models that do not correspond.
+        ConfigError: mergekit is not installed, fewer than two models, or models that do not correspond or are not
+            all trusted alike.
         ModelError: a model cannot be loaded, or mergekit failed.
     """
     if len(models) < 2:
@@ -58,6 +59,13 @@ def merge_models(
             f"weight merging needs mergekit, which cannot be imported ({error}): "
             "pip install 'fusellm-ray[merge]'"
         ) from error
+    trusted = {model.trust_remote_code for model in (base, *models)}
+    if len(trusted) > 1:
+        some = next(model.model for model in (base, *models) if not model.trust_remote_code)
+        raise ConfigError(
+            f"merge {method}: trust_remote_code is set for some models and not for {some}; mergekit knows one setting "
+            "for all: trust each of them, or none"
+        )
     _check_correspondence([base, *models])
     recipe = MergeConfiguration.model_validate(_recipe(method, models, base, dict(parameters or {})))
     shutil.rmtree(out, ignore_errors=True)
@@ -65,7 +73,7 @@ def merge_models(
         quiet=True,
         write_model_card=False,
         random_seed=seed,
-        trust_remote_code=any(model.trust_remote_code for model in (base, *models)),
+        trust_remote_code=base.trust_remote_code,
     )
     try:
         run_merge(recipe, str(out), options)
