@@ -67,6 +67,7 @@ class LoraConfig(Frozen):
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Drawn anew for every step and rank: above 0, other numbers of ranks or micro-batches take other steps."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     quantise: Literal["nf4"] | None = None
     """nf4: hold the frozen linear layers in 4 bits (QLoRA, bitsandbytes). Every rank holds all of them; adapters are

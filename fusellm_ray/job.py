@@ -419,6 +419,8 @@ def _fit(
         if failure:
             raise explain_failure(failure[0], config) from failure[0]
     state = checkpoints.latest_state()
+    if state is None and stop.reason is not None:
+        return Outcome(0, is_finished=False, stop_requested=True)  # before the first step
     if state is None:
         raise CheckpointError(f"{checkpoints.folder}: the run ended without a checkpoint; see Ray's logs")
     return Outcome(state["step"], is_finished(state, config), stop_requested=stop.reason is not None)

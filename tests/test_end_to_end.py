@@ -206,7 +206,7 @@ def test_losses_that_are_no_numbers_are_skipped_then_end_the_run_naming_document
 ):
     diverging = {"lr": 1e30, "steps": 6, "max_skipped_steps": 1, "clip_norm": 1e30, "weight_decay": 0}
     config = named(tree, "diverged", training=diverging)
-    with pytest.raises(ModelError, match=r"not finite, for the 2\. time.*documents: .*jsonl"):
+    with pytest.raises(ModelError, match=r"not finite, for the 2\. time.*documents: rank 0: .*jsonl"):
         run_job(config, pools=pools)
     assert max(losses(config)) >= 2
 

@@ -9,23 +9,28 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray.train
 import torch
 
-from fusellm_ray.config import parse_config
+from fusellm_ray.config import EarlyStop, parse_config
 from fusellm_ray.corpus.rows import ShardReader
 from fusellm_ray.corpus.source import Corpus
 from fusellm_ray.corpus.tokens import ByteTokenizer
+from fusellm_ray.errors import ModelError
 from fusellm_ray.models import model_facts
 from fusellm_ray.stream.client import TeacherAddress
 from fusellm_ray.stream.frame import decode_frame, encode_request
 from fusellm_ray.target.batches import RankBatches
+from fusellm_ray.target.checkpoint import training_tensors, write_checkpoint
 from fusellm_ray.target.collectives import sum_over_ranks
+from fusellm_ray.target.evaluation import Best
 from fusellm_ray.target.model import build_target, make_optimizer
-from fusellm_ray.target.worker import Progress, Rank, TrainTask, _step
+from fusellm_ray.target.worker import Progress, Rank, TrainTask, _restore, _step
 from fusellm_ray.teachers.scoring import TeacherScorer
 from tests.ranks import run_ranks
 from tests.runs import build_run
@@ -62,8 +67,8 @@ class LocalStream:
         pass
 
 
-def losses(mesh, tree):
-    """The loss of each step, as every rank knows it."""
+def opened(mesh, tree):
+    """A rank as the trainer has it, and its batches."""
     config = parse_config(tree)
     device = torch.device("cpu")
     vocab_size = model_facts(config.target).vocab_size
@@ -99,11 +104,17 @@ def losses(mesh, tree):
         num_micro=math.ceil(math.ceil(num_rows / rank.num_ranks) / config.training.micro_rows),
         device=device,
     )
+    return rank, batches
+
+
+def losses(mesh, tree):
+    """The loss of each step, as every rank knows it."""
+    rank, batches = opened(mesh, tree)
     progress = Progress()
     seen = []
     for progress.step in range(STEPS):
         batch = next(batches)
-        (num_gold,) = sum_over_ranks([batch.num_gold], device)
+        (num_gold,) = sum_over_ranks([batch.num_gold], rank.device)
         seen.append(_step(rank, batch, progress, num_gold, 0.0)["loss"])
     batches.close()
     return seen
@@ -118,12 +129,73 @@ def tree(tmp_path_factory: pytest.TempPathFactory, tokenizer_folders: dict[str, 
     )
 
 
-def test_losses_of_one_rank_or_two_and_accumulation_1_or_4_are_the_same(tree: dict[str, Any]):
+def test_losses_of_any_number_of_ranks_and_micro_batches_are_the_same(tree: dict[str, Any]):
     (wanted,) = run_ranks(1, losses, tree)
-    accumulating = tree | {"training": tree["training"] | {"micro_rows": 1}}
-    for num_ranks, changed in ((1, accumulating), (2, tree), (2, accumulating)):
+    for num_ranks, micro_rows in (
+        (1, 1),
+        (2, 4),
+        (2, 1),
+        (1, 3),  # a micro-batch of three rows, one of one
+        (3, 1),  # one rank has two rows, the others fill up with an empty one
+    ):
+        changed = tree | {"training": tree["training"] | {"micro_rows": micro_rows}}
         for seen in run_ranks(num_ranks, losses, changed):
-            assert seen == pytest.approx(wanted, rel=1e-6)
+            assert seen == pytest.approx(wanted, rel=1e-6), (num_ranks, micro_rows)
+
+
+def skips(mesh, tree, poisoned_rank):
+    """A skipped step's figures, the error of the next, and the documents of the poisoned row; weights stay."""
+    rank, batches = opened(mesh, tree)
+    before = [parameter.to_local().clone() for parameter in rank.model.parameters()]
+    progress, poisoned = Progress(), []
+    for progress.step in range(2):
+        batch = next(batches)
+        (num_gold,) = sum_over_ranks([batch.num_gold], rank.device)
+        if rank.index == poisoned_rank:
+            micro = batch.micro_batches[1]
+            segment = int(micro.segment[-1])
+            micro.fused.residual[micro.segment == segment] = math.nan
+            poisoned.append(batch.documents[1][segment])
+        try:
+            figures = _step(rank, batch, progress, num_gold, 0.0)
+        except ModelError as error:
+            text = str(error)
+    batches.close()
+    after = [parameter.to_local() for parameter in rank.model.parameters()]
+    return figures, text, poisoned, all(map(torch.equal, before, after))
+
+
+def test_a_skipped_step_names_the_document_that_is_no_number_and_its_rank_alone(tree: dict[str, Any]):
+    changed = tree | {"training": tree["training"] | {"micro_rows": 1, "max_skipped_steps": 1}}
+    told = run_ranks(2, skips, changed, 1)
+    first, second = told[1][2]
+    for figures, error, _, is_unchanged in told:
+        assert math.isnan(figures["loss"])
+        assert figures["skipped_steps"] == 1
+        assert figures["skipped_documents"] == f"rank 1: {first}"
+        assert f"documents: rank 1: {second};" in error
+        assert is_unchanged
+
+
+def restored(mesh, tree, folder):
+    """Whether a group that starts again from a checkpoint of an exhausted run knows that it is, by early_stop."""
+    rank, batches = opened(mesh, tree)
+    batches.close()
+    state = {"step": 4, "skipped": 0, "cursors": {}, "best": asdict(Best()), "stopped_early": True}
+    write_checkpoint(folder, training_tensors(rank.model, rank.optimizer), state)
+    told = []
+    for early_stop in (EarlyStop(patience=1), None):
+        training = rank.config.training.model_copy(update={"early_stop": early_stop})
+        config = rank.config.model_copy(update={"training": training})
+        same = replace(rank, task=replace(rank.task, config=config))
+        told.append(_restore(same, ray.train.Checkpoint(folder)).stopped_early)
+    return told
+
+
+def test_a_group_that_starts_again_after_an_early_stop_does_not_train_on(
+    tree: dict[str, Any], tmp_path: Path
+):
+    assert run_ranks(1, restored, tree, str(tmp_path)) == [[True, False]]
 
 
 class EagerStream:

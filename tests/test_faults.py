@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -204,6 +206,36 @@ def test_under_fail_the_run_ends_with_the_cause(tree: dict[str, Any], pools: dic
             run_job(config, display=seen, pools=pools)
     finally:
         os.kill(frozen, signal.SIGCONT)
+
+
+def test_a_stop_while_ranks_wait_for_a_teacher_saves_the_last_step_at_once(
+    tree: dict[str, Any], pools: dict[str, Any], undisturbed: tuple[list[float], dict[str, torch.Tensor]]
+) -> None:
+    wait_ready(pools, 300)
+    (frozen,) = replica_pids("right", pools["right"])
+    stop_after_s = 12.0  # ranks have used up by then what had been answered
+    timer = threading.Timer(stop_after_s, os.kill, (os.getpid(), signal.SIGTERM))
+    frozen_at = []
+
+    def freeze() -> None:
+        os.kill(frozen, signal.SIGSTOP)
+        frozen_at.append(time.monotonic())
+        timer.start()
+
+    config = named(tree, "waiting", checkpoint={"every_steps": 1000})
+    seen = Injector({2: freeze})
+    try:
+        outcome = run_job(config, display=seen, pools=pools)
+        took_s = time.monotonic() - frozen_at[0] - stop_after_s
+    finally:
+        timer.cancel()
+        os.kill(frozen, signal.SIGCONT)
+    assert not outcome.is_finished
+    assert outcome.step == len(seen.losses) < STEPS
+    assert took_s < 60  # deadline_s is 300
+    again = Injector({})
+    assert run_job(config, display=again, pools=pools).is_finished
+    assert seen.losses + again.losses == undisturbed[0]
 
 
 @pytest.mark.slow

@@ -290,7 +290,7 @@ def test_advantage_is_the_targets_nats_minus_the_teachers_over_what_the_teacher_
 
 def test_moving_fused_distributions_keeps_the_weights():
     fused = fuse_batch([make_teacher(0), make_teacher(1)], FusionConfig(rule="mean"))
-    moved = fused.to("cpu", non_blocking=True)
+    moved = fused.to("cpu")
     assert isinstance(moved, Fused)
     assert_same(moved, fused)
     assert torch.equal(moved.weights, fused.weights)

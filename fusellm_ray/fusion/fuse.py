@@ -73,9 +73,8 @@ class Candidates:
             valid=torch.zeros(num_positions, dtype=torch.bool, device=device),
         )
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        tensors = (getattr(self, field.name) for field in fields(self))
-        return type(self)(*(tensor.to(device, non_blocking=non_blocking) for tensor in tensors))
+    def to(self, device: torch.device | str) -> Self:
+        return type(self)(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)

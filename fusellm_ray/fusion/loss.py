@@ -115,42 +115,17 @@ class _HeadObjective(torch.autograd.Function):
         scale: float,
         needs_gradients: bool,
     ) -> tuple[Tensor, ...]:
-        plan = _plan(batch, config.chunk_tokens)
-        largest = max((piece.stop - piece.start for pieces in plan for piece in pieces), default=0)
-        head = _Head(hidden, weight, bias, largest)
-        for_hidden, for_weight, for_bias = (needs_gradients and wanted for wanted in ctx.needs_input_grad[:3])
-        grad_hidden = torch.zeros_like(hidden) if for_hidden else None
-        grad_weight = weight.new_empty(weight.shape, dtype=head.dtype) if for_weight else None
-        grad_bias = weight.new_zeros(len(weight), dtype=head.dtype) if for_bias else None
-        clm, fusion = (hidden.new_zeros(len(hidden), dtype=head.dtype) for _ in range(2))
-        listened = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        is_first = True
+        wanted = [needs_gradients and needed for needed in ctx.needs_input_grad[:3]]
         with torch.autocast(hidden.device.type, enabled=False):
-            for chunk in _chunks(batch, plan, hidden, head):
-                rows = hidden[chunk.position]
-                logits = head.logits(rows)
-                parts = differentiate(logits, chunk, config)
-                clm[chunk.position], fusion[chunk.position], listened[chunk.position] = parts
-                total += _weighted(*parts, config).sum(dtype=torch.float64)
-                gradient = head.operand(logits)
-                if grad_hidden is not None:
-                    grad_hidden[chunk.position] = (gradient @ head.weight).mul_(scale)
-                if grad_weight is not None:
-                    _add_product(grad_weight, gradient.t(), rows, scale, overwrite=is_first)
-                if grad_bias is not None:
-                    grad_bias.add_(logits.sum(0), alpha=scale)
-                is_first = False
-        if grad_weight is not None and is_first:
-            grad_weight.zero_()
-        ctx.gradients = (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+            total, parts, gradients = _differentiate_all(hidden, weight, bias, batch, config, scale, wanted)
+        # Chunks' buffers are gone by here: a cast of the head's gradient needs as much again.
+        ctx.gradients = tuple(
+            gradient if gradient is None or like is None else gradient.to(like.dtype)
+            for gradient, like in zip(gradients, (hidden, weight, bias), strict=True)
         )
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(clm, fusion, listened)
-        return (total * scale).to(head.dtype), clm, fusion, listened
+        ctx.mark_non_differentiable(*parts)
+        return total, *parts
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -168,6 +143,49 @@ class _HeadObjective(torch.autograd.Function):
                 if gradient is not None:
                     gradient.mul_(grad_loss)
         return (*gradients, None, None, None, None)
+
+
+def _differentiate_all(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    batch: Batch,
+    config: ObjectiveConfig,
+    scale: float,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """(loss, (clm, fusion, listened), `wanted` gradients of hidden, weight and bias), chunk by chunk.
+
+    The head's gradients are in the type they are summed in.
+    """
+    plan = _plan(batch, config.chunk_tokens)
+    largest = max((piece.stop - piece.start for pieces in plan for piece in pieces), default=0)
+    head = _Head(hidden, weight, bias, largest)
+    for_hidden, for_weight, for_bias = wanted
+    grad_hidden = torch.zeros_like(hidden) if for_hidden else None
+    grad_weight = weight.new_empty(weight.shape, dtype=head.dtype) if for_weight else None
+    grad_bias = weight.new_zeros(len(weight), dtype=head.dtype) if for_bias else None
+    clm, fusion = (hidden.new_zeros(len(hidden), dtype=head.dtype) for _ in range(2))
+    listened = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    is_first = True
+    for chunk in _chunks(batch, plan, hidden, head):
+        rows = hidden[chunk.position]
+        logits = head.logits(rows)
+        parts = differentiate(logits, chunk, config)
+        clm[chunk.position], fusion[chunk.position], listened[chunk.position] = parts
+        total += _weighted(*parts, config).sum(dtype=torch.float64)
+        gradient = head.operand(logits)
+        if grad_hidden is not None:
+            grad_hidden[chunk.position] = (gradient @ head.weight).mul_(scale)
+        if grad_weight is not None:
+            _add_product(grad_weight, gradient.t(), rows, scale, overwrite=is_first)
+        if grad_bias is not None:
+            grad_bias.add_(logits.sum(0), alpha=scale)
+        is_first = False
+    if grad_weight is not None and is_first:
+        grad_weight.zero_()
+    return (total * scale).to(head.dtype), (clm, fusion, listened), (grad_hidden, grad_weight, grad_bias)
 
 
 class _Head:

@@ -57,6 +57,8 @@ def step_line(record: dict[str, Any]) -> str:
     wins = {k.split("/")[1]: v for k, v in record.items() if k.endswith("/win_share")}
     if wins:
         parts.append("wins " + " ".join(f"{name} {share:.0%}" for name, share in wins.items()))
+    if "skipped_documents" in record:
+        parts.append(f"skipped for {record['skipped_documents']}")
     return "  ".join(parts)
 
 

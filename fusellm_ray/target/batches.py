@@ -13,8 +13,8 @@ import itertools
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -64,27 +64,6 @@ class MicroBatch:
     teachers: tuple[TeacherPart, ...]
     fused: Fused | None
 
-    def to(self, device: torch.device) -> MicroBatch:
-        """Move what the step needs; a no-op on the CPU."""
-        if device.type == "cpu":
-            return self
-        tensors = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("input_ids", "position_ids", "positions", "gold", "gold_bytes", "segment", "domain")
-        }
-        teachers = tuple(
-            TeacherPart(
-                part.candidates.to(device, non_blocking=True),
-                part.own_nats.to(device),
-                part.own_tokens.to(device),
-                part.own_bytes.to(device),
-                part.is_dropped,
-            )
-            for part in self.teachers
-        )
-        fused = None if self.fused is None else self.fused.to(device, non_blocking=True)
-        return MicroBatch(**tensors, teachers=teachers, fused=fused)
-
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
@@ -95,8 +74,10 @@ class StepBatch:
     """Tokens to predict in this share."""
     cursors: dict[str, Any]
     """Shard → where its reader stands after this batch; JSON-able."""
-    documents: tuple[str, ...]
-    """Names of the documents in it, for errors."""
+    documents: tuple[tuple[str, ...], ...]
+    """For each micro-batch, the document of each segment."""
+    copied: torch.cuda.Event | None = None
+    """Its tensors are on the GPU once this has happened; None on the CPU."""
 
 
 class RankBatches:
@@ -129,6 +110,7 @@ class RankBatches:
         self._num_micro = num_micro
         self._num_batches = num_batches
         self._device = device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._domains = {source.name: i for i, source in enumerate(config.corpus.sources)}
         self._read: deque[tuple[list[Row], dict[str, Any]]] = deque()
         self._ready: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=depth)
@@ -137,10 +119,19 @@ class RankBatches:
         self._thread.start()
 
     def __next__(self) -> StepBatch:
-        batch = self._ready.get()
+        batch = self.get()
+        assert batch is not None
+        return batch
+
+    def get(self, timeout_s: float | None = None) -> StepBatch | None:
+        """The next batch, which later work on the device waits for; None if it did not come in time."""
+        try:
+            batch = self._ready.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
         if isinstance(batch, BaseException):
             raise batch
-        return batch
+        return batch if batch.copied is None else _received(batch, batch.copied, self._device)
 
     def close(self) -> None:
         """Stop reading ahead; what is in flight is dropped."""
@@ -189,7 +180,7 @@ class RankBatches:
     def _assemble(self, segments: list[Segment], answers: list[list[Aligned] | None]) -> StepBatch:
         rows, cursors = self._read.popleft()
         micro_rows = self._config.training.micro_rows
-        micro_batches = []
+        micro_batches, documents = [], []
         taken = 0
         for i in range(self._num_micro):
             some = rows[i * micro_rows : (i + 1) * micro_rows]
@@ -205,14 +196,49 @@ class RankBatches:
                 fusion=self._config.fusion,
                 teachers=self._config.active_teachers,
             )
-            micro_batches.append(micro.to(self._device))
+            micro_batches.append(micro)
+            documents.append(tuple(segment.document for row in some for segment in row.segments))
         assert taken == len(segments)
-        return StepBatch(
+        batch = StepBatch(
             micro_batches=tuple(micro_batches),
             num_gold=sum(segment.num_positions for segment in segments),
             cursors=cursors,
-            documents=tuple(dict.fromkeys(segment.document for segment in segments)),
+            documents=tuple(documents),
         )
+        return batch if self._copies is None else _sent(batch, self._copies)
+
+
+def _sent(batch: StepBatch, copies: torch.cuda.Stream) -> StepBatch:
+    """Begin to copy it to the GPU, beside what computes there."""
+    with torch.cuda.stream(copies):  # copies of pageable memory would make this thread, and the GPU, wait
+        sent = _each_tensor(batch, lambda tensor: tensor.pin_memory().to(copies.device, non_blocking=True))
+        return replace(sent, copied=copies.record_event())
+
+
+def _received(batch: StepBatch, copied: torch.cuda.Event, device: torch.device) -> StepBatch:
+    """Let the calling thread's stream wait for the copy, without waiting here."""
+    stream = torch.cuda.current_stream(device)
+    stream.wait_event(copied)
+
+    def keep(tensor: Tensor) -> Tensor:
+        # Its memory is the other stream's, which would else use it again for a batch while this one is read.
+        tensor.record_stream(stream)
+        return tensor
+
+    return _each_tensor(batch, keep)
+
+
+def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same dataclasses and tuples with every tensor in them changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple):
+        return tuple(_each_tensor(item, change) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(
+            value, **{field.name: _each_tensor(getattr(value, field.name), change) for field in fields(value)}
+        )
+    return value
 
 
 def make_micro_batch(

@@ -1,7 +1,7 @@
 """The thread between a run's driver and its ranks: the wish to stop, and what each step measured.
 
     driver --request_stop--> RunControl <--record (rank 0, once a step, answer read a step later)-- ranks
-    driver <-----take------- RunControl
+    driver <-----take------- RunControl <--stop_reason (a rank that waits for its batch)----------- ranks
 
 It carries a few hundred bytes a step and holds no data of the stream.
 """
@@ -30,6 +30,10 @@ class RunControl:
     def request_stop(self, reason: str) -> None:
         """Ask the ranks to save a checkpoint after the step under way, and to end."""
         self._stop_reason = self._stop_reason or reason
+
+    def stop_reason(self) -> str | None:
+        """Why the ranks should end; None as long as they should not."""
+        return self._stop_reason
 
     def record(self, record: dict[str, Any]) -> str | None:
         """Keep one record; answer with the reason to stop, if there is one."""

@@ -28,23 +28,21 @@ class StepStatistics:
     Args:
         teachers: names, in the order of the run's config.
         domains: names of the corpus's sources, likewise.
+        device: where sums are kept: the batches', as each number that is brought to the host makes a GPU wait.
     """
 
-    def __init__(self, teachers: Sequence[str], domains: Sequence[str]) -> None:
+    def __init__(
+        self, teachers: Sequence[str], domains: Sequence[str], device: torch.device | str = "cpu"
+    ) -> None:
         self._teachers = list(teachers)
         self._domains = list(domains)
         num_teachers, num_domains = len(teachers), len(domains)
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_SCALARS, ())
         shapes |= dict.fromkeys(_PER_TEACHER, (num_teachers,))
         shapes |= dict.fromkeys(_PER_DOMAIN, (num_teachers, num_domains))
-        size = sum(math.prod(shape) for shape in shapes.values())
-        self._vector = torch.zeros(size, dtype=torch.float64)
-        self._sums: dict[str, Tensor] = {}
-        start = 0
-        for name, shape in shapes.items():
-            stop = start + math.prod(shape)
-            self._sums[name] = self._vector[start:stop].view(shape)
-            start = stop
+        self._shapes = shapes
+        self._vector = torch.zeros(sum(map(math.prod, shapes.values())), dtype=torch.float64, device=device)
+        self._sums = self._by_name(self._vector)
 
     def add(self, batch: MicroBatch, output: ObjectiveOutput) -> None:
         """Count one micro-batch and what the objective said of it."""
@@ -84,16 +82,15 @@ class StepStatistics:
         """Count what forward and backward of a micro-batch took of this rank's thread."""
         self._count("compute_cpu_s", cpu_seconds)
 
-    def reduce(self, device: torch.device) -> None:
+    def reduce(self) -> None:
         """Sum over all ranks."""
         if dist.get_world_size() > 1:
-            vector = self._vector.to(device)
-            dist.all_reduce(vector)
-            self._vector.copy_(vector)
+            dist.all_reduce(self._vector)
 
     def figures(self) -> dict[str, float]:
         """The figures of the step; a figure without anything to measure is left out."""
-        sums: dict[str, Any] = {name: values.tolist() for name, values in self._sums.items()}
+        host = self._by_name(self._vector.cpu())
+        sums: dict[str, Any] = {name: values.tolist() for name, values in host.items()}
         figures: dict[str, float] = {
             "loss/clm": _ratio(sums["clm"], sums["tokens"]),
             "loss/fusion": _ratio(sums["fusion"], sums["fused"]),
@@ -124,8 +121,13 @@ class StepStatistics:
         measured = {name: value for name, value in figures.items() if not math.isnan(value)}
         return {"loss": sums["loss"]} | measured
 
+    def _by_name(self, vector: Tensor) -> dict[str, Tensor]:
+        """Views of its parts."""
+        parts = vector.split([math.prod(shape) for shape in self._shapes.values()])
+        return {name: part.view(self._shapes[name]) for name, part in zip(self._shapes, parts, strict=True)}
+
     def _count(self, name: str, value: Tensor | float) -> None:
-        self._sums[name] += value.double().cpu() if isinstance(value, Tensor) else value
+        self._sums[name] += value
 
 
 def _teacher_sums(batch: MicroBatch) -> dict[str, Tensor]:
@@ -133,7 +135,9 @@ def _teacher_sums(batch: MicroBatch) -> dict[str, Tensor]:
     known = [c.gold.isfinite() for c in candidates]
     return {
         "valid": torch.stack([c.valid.sum() for c in candidates]),
-        "dropped": torch.tensor([batch.gold.numel() * part.is_dropped for part in batch.teachers]),
+        "dropped": torch.tensor(
+            [batch.gold.numel() * part.is_dropped for part in batch.teachers], device=batch.gold.device
+        ),
         "residual": torch.stack([c.residual[c.valid].exp().sum() for c in candidates]),
         "aligned_nats": torch.stack([-c.gold[k].sum() for c, k in zip(candidates, known, strict=True)]),
         "aligned_bytes": torch.stack([batch.gold_bytes[k].sum() for k in known]),

@@ -4,7 +4,8 @@
                                       → (evaluate) → (checkpoint, written while the next steps run)
 
 All that differs between ranks is which rows they read. Every sum is over all ranks, and every decision (skip, stop,
-checkpoint) is taken from such a sum, so ranks never part ways.
+checkpoint) is taken from such a sum, so ranks never part ways. A rank whose batch does not come would keep the others
+waiting in that sum: where a stop is wanted it joins them without one, and all end before the step.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import contextlib
 import math
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow.fs
@@ -48,6 +49,12 @@ from fusellm_ray.target.model import (
 from fusellm_ray.target.saving import CheckpointWriter
 from fusellm_ray.target.statistics import StepStatistics
 from fusellm_ray.target.task import TrainTask
+
+STOP_POLL_S = 2.0
+"""A rank that waits for its batch asks this often whether the run should stop."""
+_EXHAUSTED = "stopped early: held-out bits per byte no longer improve"
+_MAX_DOCUMENTS = 8
+"""Named of each rank where a step is skipped."""
 
 
 @dataclass(slots=True)
@@ -89,26 +96,38 @@ class Rank:
         self.metrics.record(event, figures)
         return self.task.control.record.remote({"event": event} | figures)
 
+    def stop_reason(self) -> str | None:
+        """Why the driver wants the run to end, if it does."""
+        answer: ray.ObjectRef = self.task.control.stop_reason.remote()
+        return ray.get(answer)
+
 
 def train_loop(task: TrainTask) -> None:
     """Train to the end, or until the driver asks to stop; the last thing done is a checkpoint."""
     rank = _set_up(task)
     config = rank.config
-    progress = _restore(rank)
+    progress = _restore(rank, ray.train.get_checkpoint())
     rank.record("start", step=progress.step, ranks=rank.num_ranks)
     writer = CheckpointWriter(lambda step, s: rank.record("checkpoint", step=step, seconds=s))
     batches = _open_batches(rank, progress)
     saved_step = progress.step
-    stop_reason: str | None = None
+    stop_reason: str | None = _EXHAUSTED if progress.stopped_early else None
     answer: ray.ObjectRef | None = None  # to the latest record: the driver's wish, read one step later
     try:
         while progress.step < config.training.steps and stop_reason is None:
             started = time.perf_counter()
-            batch = next(batches)
+            batch = _next_batch(rank, batches)
             waited_s = time.perf_counter() - started
             wish = ray.get(answer) if answer is not None else None
-            num_gold, stops = sum_over_ranks([batch.num_gold, wish is not None], rank.device)
-            stop_reason = (wish or "rank 0 was asked to stop") if stops else None
+            num_gold, num_lacking, num_wishes = sum_over_ranks(
+                [batch.num_gold if batch else 0, batch is None, wish is not None], rank.device
+            )
+            if num_lacking or num_wishes:
+                stop_reason = rank.stop_reason()
+            if batch is None or num_lacking:
+                if progress.step > saved_step:
+                    _save(rank, progress, writer, is_due=True, is_best=False)
+                break
 
             figures = _step(rank, batch, progress, num_gold, waited_s)
             progress.step += 1
@@ -122,7 +141,7 @@ def train_loop(task: TrainTask) -> None:
 
             is_best = evaluation.is_due(config, progress.step) and _evaluate(rank, progress)
             if progress.stopped_early:
-                stop_reason = "stopped early: held-out bits per byte no longer improve"
+                stop_reason = _EXHAUSTED
             is_last = progress.step == config.training.steps or stop_reason is not None
             is_due = is_last or progress.step - saved_step >= config.checkpoint.every_steps
             writer.check()
@@ -189,28 +208,38 @@ def _open_batches(rank: Rank, progress: Progress) -> RankBatches:
     )
 
 
+def _next_batch(rank: Rank, batches: RankBatches) -> StepBatch | None:
+    """The next batch; None if it has not come and the run should stop."""
+    while (batch := batches.get(STOP_POLL_S)) is None:
+        if rank.stop_reason() is not None:
+            return None
+    return batch
+
+
 # ---------------------------------------------------------------------------------------- one step
 
 
 def _step(
     rank: Rank, batch: StepBatch, progress: Progress, num_gold: float, waited_s: float
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """One optimiser step; returns its figures, the same on every rank."""
     training = rank.config.training
     statistics = StepStatistics(
-        [t.name for t in rank.task.teachers], [s.name for s in rank.config.corpus.sources]
+        [t.name for t in rank.task.teachers], [s.name for s in rank.config.corpus.sources], rank.device
     )
     statistics.add_wait(waited_s)
     # Randomness (LoRA's dropout) depends on run, step and rank alone, so there is no generator state to save.
     torch.manual_seed(hash((rank.config.run.seed, progress.step, rank.index)) % 2**63)
+    outputs = []
     for micro in batch.micro_batches:
         started = time.thread_time()
         output = _forward(rank, micro, denominator=num_gold)
         output.loss.backward()
         statistics.add_compute(time.thread_time() - started)
         statistics.add(micro, output)
-    statistics.reduce(rank.device)
-    figures = statistics.figures()
+        outputs.append(replace(output, loss=output.loss.detach()))
+    statistics.reduce()
+    figures: dict[str, Any] = statistics.figures()
     grad_norm = clip_gradients(rank.model, training.clip_norm)
     lr = learning_rate(progress.step, training)
     set_learning_rate(rank.optimizer, lr)
@@ -218,14 +247,35 @@ def _step(
         rank.optimizer.step()
     else:
         progress.skipped += 1
+        suspects = _suspects(batch, outputs)
+        figures["skipped_documents"] = suspects
         if progress.skipped > training.max_skipped_steps:
             raise ModelError(
                 f"step {progress.step + 1}: loss {figures['loss']} and gradient norm {grad_norm} are not finite, "
                 f"for the {progress.skipped}. time (training.max_skipped_steps={training.max_skipped_steps}); "
-                f"this rank's documents: {', '.join(batch.documents[:8])}; lower training.lr or look at them"
+                f"documents: {suspects}; lower training.lr or look at them"
             )
     rank.optimizer.zero_grad(set_to_none=True)
     return figures | {"grad_norm": grad_norm, "lr": lr, "skipped_steps": progress.skipped}
+
+
+def _suspects(batch: StepBatch, outputs: Sequence[ObjectiveOutput]) -> str:
+    """The documents, by rank, at whose positions the loss is not finite; all if that holds for none."""
+    bad: list[str] = []
+    for micro, documents, output in zip(batch.micro_batches, batch.documents, outputs, strict=True):
+        is_bad = ~(output.clm + output.fusion).isfinite()
+        bad += [documents[i] for i in micro.segment[is_bad].unique().tolist()]
+    everything = [name for documents in batch.documents for name in documents]
+    told = gather_json([list(dict.fromkeys(names)) for names in (bad, everything)])
+    has_bad = any(names for names, _ in told)
+    named = [names if has_bad else every for names, every in told]
+    return "; ".join(_listed(index, names) for index, names in enumerate(named) if names)
+
+
+def _listed(rank_index: int, names: Sequence[str]) -> str:
+    num_left_out = max(len(names) - _MAX_DOCUMENTS, 0)
+    more = f" and {num_left_out} more" if num_left_out else ""
+    return f"rank {rank_index}: {', '.join(names[:_MAX_DOCUMENTS])}{more}"
 
 
 def _forward(rank: Rank, batch: MicroBatch, *, denominator: float) -> ObjectiveOutput:
@@ -273,9 +323,8 @@ def _evaluate(rank: Rank, progress: Progress) -> bool:
 # ---------------------------------------------------------------------------------------- checkpoints
 
 
-def _restore(rank: Rank) -> Progress:
+def _restore(rank: Rank, checkpoint: ray.train.Checkpoint | None) -> Progress:
     """Continue from the run's latest checkpoint, if Ray Train has one."""
-    checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return Progress()
     with _on_this_node(checkpoint) as directory:
@@ -286,6 +335,8 @@ def _restore(rank: Rank) -> Progress:
         skipped=state["skipped"],
         cursors=state["cursors"],
         best=evaluation.Best(**state["best"]),
+        # As for the driver: a run that need not stop early any more goes on.
+        stopped_early=state["stopped_early"] and rank.config.training.early_stop is not None,
     )
 
 
