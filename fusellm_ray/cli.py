@@ -156,7 +156,7 @@ def up(config: Path, overrides: tuple[str, ...]) -> None:
 
     display = make_display()
     with running_cluster():
-        bring_up(settings, preflight(settings)["target_tokenizer"], display)
+        bring_up(settings, preflight(settings)["teachers"], display)
     display.note("teachers are up; `fusellm-ray train CONFIG --attach` uses them")
 
 

@@ -44,12 +44,19 @@ from fusellm_ray.observe.records import RecordLog
 from fusellm_ray.observe.sinks import Sinks
 from fusellm_ray.stream.address import TeacherAddress
 from fusellm_ray.stream.memory import NO_DISK_ENVIRONMENT, DiskWatch
-from fusellm_ray.target.checkpoint import explain_changes, export_model
+from fusellm_ray.target.checkpoint import export_model, is_same_order
 from fusellm_ray.target.control import RunControl
 from fusellm_ray.target.storage import Checkpoints
 from fusellm_ray.target.task import NameController, NoDatasets, RaiseLastingErrors, TrainTask, run_rank
 from fusellm_ray.teachers.attach import attach, join_cluster, running_cluster
-from fusellm_ray.teachers.service import SLOW_START_S, PoolWatch, start_pools, stop_pools, wait_ready
+from fusellm_ray.teachers.service import (
+    SLOW_START_S,
+    PoolWatch,
+    refuse_other_teachers,
+    start_pools,
+    stop_pools,
+    wait_ready,
+)
 
 JOB_STOP_WAIT_S = 60
 """What `ray job stop` should give a run for its checkpoint; Ray's default is 3."""
@@ -86,7 +93,8 @@ def run_job(
 
     Args:
         config: the run.
-        allow_changes: resume even if models, tokenizers or corpus changed since the checkpoint.
+        allow_changes: resume even if models, tokenizers or corpus changed since the checkpoint; a changed corpus is
+            read from its beginning.
         display: where progress goes; default: bars on a terminal, a line a step elsewhere.
         pools: teachers that are up already, by name; they are left running.
         attached: use the teachers that `teachers up` started on the cluster; they are left running.
@@ -97,10 +105,18 @@ def run_job(
     display = display or make_display()
     checkpoints = Checkpoints(config.run.storage, config.run.name)
     saved = checkpoints.latest_state()
-    if saved is not None and is_finished(saved, config):
-        display.note(f"{config.run.name}: finished at step {saved['step']} ({checkpoints.folder})")
-        return Outcome(step=saved["step"], is_finished=True)
     identity = plan.preflight(config)
+    if saved is not None:
+        changes = plan.changes_since(saved, identity, allow=allow_changes, folder=checkpoints.folder)
+        for change in changes:
+            display.note(f"changed since step {saved['step']}: {change}")
+        if is_finished(saved, config):
+            display.note(f"{config.run.name}: finished at step {saved['step']} ({checkpoints.folder})")
+            return Outcome(step=saved["step"], is_finished=True)
+        if not is_same_order(saved["identity"], identity):
+            display.note(
+                "the checkpoint's place in the corpus means nothing in this one: read from its beginning"
+            )
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(_recorded(config, checkpoints))
         # In this order: ray.init puts handlers of its own over those it finds.
@@ -124,14 +140,12 @@ def run_job(
         own_pools: dict[str, Any] = {}
         try:
             if attached:
-                pools = attach(config, identity["target_tokenizer"], display)
+                pools = attach(config)
             if pools is None:
                 pools = own_pools = start_pools(config)
             descriptions = wait_ready(pools, config.run.start_timeout_s, display)
+            refuse_other_teachers(descriptions, identity["teachers"])
             disk = stack.enter_context(contextlib.closing(DiskWatch(refuse=not config.stream.allow_spilling)))
-            identity["teachers"] = {name: d.fingerprint for name, d in descriptions.items()}
-            if saved is not None:
-                _refuse_changes(saved, identity, allow_changes, checkpoints.folder)
             addresses = tuple(
                 TeacherAddress(
                     name=t.name,
@@ -448,13 +462,3 @@ def explain_failure(error: BaseException, config: Config) -> FuseLLMError:
 def _patience_s(config: Config) -> float:
     """How long Ray Train tries to place the worker group."""
     return config.run.start_timeout_s * (1 + config.trainer.max_failures)
-
-
-def _refuse_changes(saved: dict[str, Any], identity: dict[str, Any], allow: bool, folder: str) -> None:
-    changes = explain_changes(saved["identity"], identity)
-    if changes and not allow:
-        raise CheckpointError(
-            f"{folder}: the checkpoint of step {saved['step']} belongs to another run:\n  "
-            + "\n  ".join(changes)
-            + "\nuse another run.name, or --allow-changes to go on regardless"
-        )

@@ -10,7 +10,9 @@ that both are sound for its architecture.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import inspect
+import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,6 +35,8 @@ HUB_TIMEOUT_S = 5.0
 """How long the hub may take to answer at all before only its cache on this machine is looked at."""
 _KEEP_FREED = {-3: 1 << 30, -1: (1 << 31) - 1}
 """glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes."""
+_SAMPLE_BYTES = 4096
+"""Read of each tensor for a fingerprint of weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,56 @@ def model_facts(config: ModelConfig) -> ModelFacts:
         max_context=max_context,
         num_parameters=sum(p.numel() for p in skeleton.parameters()),
     )
+
+
+def weights_fingerprint(config: ModelConfig) -> str | None:
+    """What tells a model's weights from others under the same name, at the cost of reading a few megabytes.
+
+    Returns:
+        A hub model's commit; None where an old cache of this machine does not tell it. For a folder, a digest of
+        its config.json and its safetensors; see `folder_fingerprint`.
+
+    Raises:
+        ModelError: the model cannot be read.
+    """
+    folder = Path(config.model).expanduser()
+    if folder.is_dir():
+        return folder_fingerprint(folder)
+    return getattr(_read_config(config), "_commit_hash", None)
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """A digest of a folder's configs and safetensors: their headers, and the first 4 KiB of every tensor.
+
+    Training changes nearly all numbers of a tensor that it changes at all, so its beginning tells.
+
+    Raises:
+        ModelError: it holds no safetensors, or a file is damaged.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder}: no *.safetensors file, seen from this machine; check the path")
+    for name in ("config.json", "adapter_config.json"):
+        if (folder / name).is_file():
+            digest.update((folder / name).read_bytes())
+    for path in files:
+        digest.update(path.name.encode())
+        try:
+            with path.open("rb") as file:
+                header = file.read(int.from_bytes(file.read(8), "little"))
+                digest.update(header)
+                start = file.tell()
+                tensors = json.loads(header)
+                tensors.pop("__metadata__", None)
+                for begin, end in sorted(tensor["data_offsets"] for tensor in tensors.values()):
+                    file.seek(start + begin)
+                    digest.update(file.read(min(_SAMPLE_BYTES, end - begin)))
+        except (OSError, ValueError, TypeError, LookupError, OverflowError, MemoryError) as error:
+            raise ModelError(
+                f"{path}: is no safetensors file ({type(error).__name__}: {error}); save the model again"
+            ) from error
+    return digest.hexdigest()
 
 
 def load_causal_lm(

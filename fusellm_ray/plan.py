@@ -18,15 +18,18 @@ from unittest import mock
 
 from fusellm_ray.alignment.project import Aligner
 from fusellm_ray.alignment.statistics import Sequences, kind_shares, position_kinds
-from fusellm_ray.config import Config, ModelConfig, Resources, SimulatedEngine, TeacherConfig, VllmEngine
+from fusellm_ray.config import Config, Resources, SimulatedEngine, TargetConfig, TeacherConfig, VllmEngine
 from fusellm_ray.corpus.rows import ShardReader
 from fusellm_ray.corpus.source import Corpus
 from fusellm_ray.corpus.tokens import ByteTokenizer
-from fusellm_ray.errors import ClusterError, ConfigError, CorpusError
-from fusellm_ray.models import ModelFacts, build_on_meta, model_facts
+from fusellm_ray.errors import CheckpointError, ClusterError, ConfigError, CorpusError
+from fusellm_ray.models import ModelFacts, build_on_meta, model_facts, weights_fingerprint
 from fusellm_ray.observe.sinks import require_packages
 from fusellm_ray.perplexity import held_out_documents
+from fusellm_ray.target.checkpoint import explain_changes
 from fusellm_ray.target.quantise import require_bitsandbytes
+from fusellm_ray.target.storage import Checkpoints
+from fusellm_ray.teachers.scoring import teacher_identity
 
 Node = Mapping[str, Any]
 """A node as ray.nodes() describes it; its Resources and Labels are read."""
@@ -75,6 +78,8 @@ class Plan:
 def preflight(config: Config) -> dict[str, Any]:
     """Load what is cheap to load, refuse what cannot work, and return the run's identity for its checkpoints.
 
+    The identity is JSON-able, and equal for all attempts at a run: what a resume must not find changed.
+
     Raises:
         ConfigError, ModelError, TokenizerError, CorpusError: the first thing that cannot work.
     """
@@ -94,8 +99,10 @@ def preflight(config: Config) -> dict[str, Any]:
 
         add_adapters(build_on_meta(config.target), config.target.lora)
     tokenizer = ByteTokenizer.of_model(config.target, target.vocab_size)
+    teachers = {}
     for i, teacher in enumerate(config.active_teachers):
-        _checked_tokenizer(i, teacher, tokenizer)
+        _, own_tokenizer = _checked_tokenizer(i, teacher, tokenizer)
+        teachers[teacher.name] = teacher_identity(teacher, config.alignment, own_tokenizer, tokenizer)
         if isinstance(teacher.engine, VllmEngine):
             _check_vllm(f"teachers[{i}] ({teacher.name})", teacher, teacher.engine)
     corpus = Corpus.open(config.corpus, config.run.seed)
@@ -109,9 +116,10 @@ def preflight(config: Config) -> dict[str, Any]:
                 )
     _check_prompts(config, tokenizer, target)
     return {
-        "target": _model_identity(config.target),
+        "target": _target_identity(config.target),
         "target_tokenizer": tokenizer.fingerprint,
-        "corpus": corpus.fingerprint,
+        "teachers": teachers,
+        "corpus": corpus.identity(),
         "row_tokens": config.corpus.row_tokens,
         "batch_rows": config.training.batch_rows,
         "seed": config.run.seed,
@@ -132,6 +140,27 @@ def _check_vllm(where: str, teacher: TeacherConfig, engine: VllmEngine) -> None:
     except ConfigError:  # it may need what only the replicas' nodes have; they check the same
         return
     check_settings(teacher.name, engine)
+
+
+def changes_since(saved: dict[str, Any], identity: dict[str, Any], *, allow: bool, folder: str) -> list[str]:
+    """What has changed since a run's checkpoint, a line each.
+
+    Args:
+        saved: state.json of the checkpoint.
+        identity: as `preflight` made it.
+        folder: the run's, for the message.
+
+    Raises:
+        CheckpointError: something has, and it is not allowed to.
+    """
+    changes = explain_changes(saved["identity"], identity)
+    if changes and not allow:
+        raise CheckpointError(
+            f"{folder}: the checkpoint of step {saved['step']} belongs to another run:\n  "
+            + "\n  ".join(changes)
+            + "\nuse another run.name, or --allow-changes to go on regardless"
+        )
+    return changes
 
 
 def _check_prompts(config: Config, tokenizer: ByteTokenizer, target: ModelFacts) -> None:
@@ -316,7 +345,10 @@ def make_plan(config: Config, *, with_cluster: bool = True) -> Plan:
     Args:
         with_cluster: also compare with the resources of the cluster (RAY_ADDRESS) or of this machine.
     """
-    preflight(config)
+    identity = preflight(config)
+    checkpoints = Checkpoints(config.run.storage, config.run.name)
+    if (saved := checkpoints.latest_state()) is not None:
+        changes_since(saved, identity, allow=False, folder=checkpoints.folder)
     target = model_facts(config.target)
     tokenizer = ByteTokenizer.of_model(config.target, target.vocab_size)
     corpus = Corpus.open(config.corpus, config.run.seed)
@@ -489,5 +521,6 @@ def _checked_tokenizer(
     return facts, tokenizer
 
 
-def _model_identity(model: ModelConfig) -> str:
-    return f"{model.model}@{model.revision}" if model.revision else model.model
+def _target_identity(target: TargetConfig) -> dict[str, Any]:
+    settings = target.model_dump(mode="json", include={"model", "revision", "lora"}, exclude_none=True)
+    return settings | {"weights": weights_fingerprint(target)}

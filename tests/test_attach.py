@@ -15,10 +15,9 @@ import ray
 import yaml
 
 from fusellm_ray.config import Config, parse_config
-from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.errors import ClusterError, ConfigError
 from fusellm_ray.job import run_job
-from fusellm_ray.models import model_facts
+from fusellm_ray.plan import preflight
 from fusellm_ray.teachers.attach import attach, bring_up, find_pool, statuses, take_down
 from fusellm_ray.teachers.report import PoolStatus
 from tests.runs import build_run
@@ -72,8 +71,8 @@ def pids(config: Config) -> dict[str, list[int]]:
     }
 
 
-def tokenizer_of(config: Config) -> str:
-    return ByteTokenizer.of_model(config.target, model_facts(config.target).vocab_size).fingerprint
+def identities(config: Config) -> dict[str, Any]:
+    return preflight(config)["teachers"]
 
 
 def test_up_waits_until_all_replicas_are_ready(up: str, tree: dict[str, Any], cluster: str) -> None:
@@ -110,7 +109,7 @@ def test_two_runs_at_once_share_the_teachers_and_leave_them_running(
         assert stats.cache_hits > 0
         assert stats.positions < stats.answered
     assert pids(config) == before
-    bring_up(config, tokenizer_of(config))  # they are, so nothing happens
+    bring_up(config, identities(config))  # they are, so nothing happens
     assert pids(config) == before
 
 
@@ -121,19 +120,20 @@ def test_other_settings_are_refused_by_name(
     changed = parse_config(
         tree | {"teachers": [left | {"top_k": 9}, right], "alignment": {"straddle": "mask"}}
     )
-    for ask in (attach, bring_up):
+    for ask in (attach, lambda config: bring_up(config, identities(config))):
         with pytest.raises(ConfigError) as refused:
-            ask(changed, tokenizer_of(changed))
+            ask(changed)
         assert "teacher left runs with other settings" in str(refused.value)
         assert "top_k: it runs with 8, this config wants 9" in str(refused.value)
         assert "alignment.straddle: it runs with 'condition', this config wants 'mask'" in str(refused.value)
 
 
 def test_another_tokenizer_of_the_target_is_refused(up: str, tree: dict[str, Any], cluster: str) -> None:
-    with pytest.raises(
-        ConfigError, match=r"target's tokenizer: it runs with '.*', this config wants 'other'"
-    ):
-        attach(parse_config(tree), "other")
+    config = parse_config(tree)
+    other = {name: {**identity, "target_tokenizer": "other"} for name, identity in identities(config).items()}
+    message = r"teacher left on .*\n  target_tokenizer: it runs with '.*', this config wants 'other'"
+    with pytest.raises(ConfigError, match=message):
+        bring_up(config, other)
 
 
 def test_weights_and_numbers_of_replicas_are_each_runs_own_affair(
@@ -143,13 +143,13 @@ def test_weights_and_numbers_of_replicas_are_each_runs_own_affair(
     config = parse_config(
         tree | {"teachers": [left | {"weight": 3.0, "replicas": {"min": 2, "max": 2}}, right]}
     )
-    assert attach(config, tokenizer_of(config)).keys() == {"left", "right"}
+    assert attach(config).keys() == {"left", "right"}
 
 
 def test_a_teacher_that_does_not_run_is_said(up: str, tree: dict[str, Any], cluster: str) -> None:
     config = parse_config(tree | {"teachers": [tree["teachers"][0] | {"name": "absent"}]})
     with pytest.raises(ClusterError, match="teacher absent does not run on this cluster; start it with"):
-        attach(config, "any")
+        attach(config)
     assert statuses(config) == {"absent": "does not run"}
 
 
@@ -164,7 +164,7 @@ def test_without_a_cluster_nothing_is_brought_up(
 def test_what_does_not_come_up_is_taken_down_again(ray_session: None, tree: dict[str, Any]) -> None:
     config = parse_config(tree | {"teachers": [tree["teachers"][0] | {"name": "hopeless", "top_k": 5000}]})
     with pytest.raises(ConfigError, match="top_k=5000"):
-        bring_up(config, "any")
+        bring_up(config, {})
     assert find_pool("hopeless") is None
 
 

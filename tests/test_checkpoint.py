@@ -177,7 +177,7 @@ def test_a_truncated_file_is_refused(copy):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", '{"format": 99, "files": {}}', '{"format": 1, "files": {}}', '{"format": 2}'],
+    ["", "{", "[]", "null", '{"format": 99, "files": {}}', '{"format": 2, "files": {}}', '{"format": 3}'],
 )
 def test_a_damaged_state_file_is_refused(copy, text):
     (copy / STATE_FILE).write_text(text)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusellm_ray.config import Config, ModelConfig, parse_config
@@ -27,6 +29,7 @@ from fusellm_ray.observe.progress import Display
 from fusellm_ray.observe.records import History, read_records
 from fusellm_ray.observe.status import state_of
 from fusellm_ray.perplexity import by_domain, evaluate_model, held_out_documents
+from fusellm_ray.plan import make_plan
 from fusellm_ray.target.storage import Checkpoints
 from fusellm_ray.teachers.service import start_pools, stop_pools
 from tests.faults import own_processes
@@ -75,6 +78,16 @@ def assert_same_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Te
     assert left.keys() == right.keys()
     for name, tensor in left.items():
         assert torch.equal(tensor, right[name]), name
+
+
+class Noting(Display):
+    """A display that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 def test_every_step_is_recorded_with_each_teachers_figures(undisturbed: Config):
@@ -186,6 +199,23 @@ def test_a_run_that_no_longer_improves_ends_finished_with_samples_and_its_best_m
     assert mean == pytest.approx(min(bits.values()), rel=1e-5)
 
 
+def test_a_finished_run_with_another_configuration_is_refused_by_name(
+    tree: dict[str, Any], undisturbed: Config
+):
+    left, right = tree["teachers"]
+    changed = {
+        "target.lora.rank: was absent, is 4": named(tree, "undisturbed", target={"lora": {"rank": 4}}),
+        "teachers.left.top_k: was 8, is 4": named(
+            tree | {"teachers": [left | {"top_k": 4}, right]}, "undisturbed"
+        ),
+        "seed: was 0, is 1": parse_config(tree | {"run": tree["run"] | {"name": "undisturbed", "seed": 1}}),
+    }
+    for said, config in changed.items():
+        for ask in (run_job, make_plan):
+            with pytest.raises(CheckpointError, match=f"of step 6 belongs to another run:\n  {said}\n"):
+                ask(config)
+
+
 def test_a_finished_run_is_left_alone(undisturbed: Config):
     before = (Path(undisturbed.run.storage) / "undisturbed" / "metrics.jsonl").read_text()
     assert run_job(undisturbed).is_finished
@@ -197,8 +227,37 @@ def test_a_resume_refuses_another_corpus_and_says_what_changed(
 ):
     sources = tree["corpus"]["sources"][:1]
     changed = named(tree, "undisturbed", training={"steps": 8}, corpus={"sources": sources})
-    with pytest.raises(CheckpointError, match="corpus: was"):
+    with pytest.raises(CheckpointError, match=r"corpus\.sources\.code\.path: was .*, is absent"):
         run_job(changed, pools=pools)
+
+
+def test_a_resume_refuses_changed_text_and_weights_under_their_old_names_unless_told_otherwise(
+    tree: dict[str, Any], pools: dict[str, Any], tmp_path: Path
+):
+    corpus, target = tmp_path / "prose.jsonl", tmp_path / "target"
+    lines = Path(tree["corpus"]["sources"][0]["path"]).read_text().splitlines(keepends=True)
+    corpus.write_text("".join(lines))
+    shutil.copytree(tree["target"]["model"], target)
+    sections = {
+        "target": {"model": str(target)},
+        "corpus": {"sources": [{"name": "prose", "path": str(corpus)}]},
+    }
+    assert run_job(named(tree, "changed", training={"steps": 3}, **sections), pools=pools).step == 3
+    corpus.write_text("".join(reversed(lines[:6])))
+    tensors = load_file(target / "model.safetensors")
+    save_file(
+        {name: 2 * tensor for name, tensor in tensors.items()}, target / "model.safetensors", {"format": "pt"}
+    )
+
+    resumed = named(tree, "changed", training={"steps": 6, "batch_rows": 2}, **sections)
+    with pytest.raises(CheckpointError) as refused:
+        run_job(resumed)
+    for key in ("target.weights", "corpus.sources.prose.text", "batch_rows"):
+        assert f"\n  {key}: was " in str(refused.value)
+    seen = Noting()
+    assert run_job(resumed, pools=pools, allow_changes=True, display=seen).is_finished
+    assert any("batch_rows: was 4, is 2" in note for note in seen.notes)
+    assert any("read from its beginning" in note for note in seen.notes)
 
 
 def test_losses_that_are_no_numbers_are_skipped_then_end_the_run_naming_documents(

@@ -135,7 +135,7 @@ def test_a_teacher_that_hangs_and_one_that_restarts_with_another_tokenizer_chang
     finally:
         stop_pools(pools)
     assert len(problems) == 1
-    assert "announces fingerprint" in problems[0]
+    assert "tokenizer: it runs with" in problems[0]
     assert not psutil.pid_exists(hanging)
     losses, wanted = undisturbed
     assert seen.losses == losses

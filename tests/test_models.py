@@ -4,11 +4,13 @@ import contextlib
 import http.server
 import itertools
 import json
+import shutil
 import threading
 import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fusellm_ray.config import ModelConfig, TeacherConfig
@@ -25,6 +27,7 @@ from fusellm_ray.models import (
     load_causal_lm,
     load_hf_tokenizer,
     model_facts,
+    weights_fingerprint,
 )
 from tests.models import tiny_model
 
@@ -241,6 +244,36 @@ def test_a_hub_id_with_pickled_weights_alone_is_refused_before_anything_is_loade
     hub += ["model-00001-of-00002.safetensors"]
     with pytest.raises(ModelError, match="cannot be loaded"):
         model_facts(ModelConfig(model="some/model"))
+
+
+def test_the_fingerprint_of_weights_sees_any_changed_tensor_and_no_copy(tmp_path):
+    def fingerprint(folder):
+        return weights_fingerprint(ModelConfig(model=str(folder)))
+
+    tiny_model("llama", 97, tmp_path / "first")
+    first = fingerprint(tmp_path / "first")
+    assert fingerprint(shutil.copytree(tmp_path / "first", tmp_path / "copy")) == first
+    assert fingerprint(tiny_model("llama", 97, tmp_path / "other", seed=1)) != first
+    tensors = load_file(tmp_path / "copy" / "model.safetensors")
+    for name, tensor in tensors.items():
+        save_file(tensors | {name: tensor + 1}, tmp_path / "copy" / "model.safetensors", {"format": "pt"})
+        assert fingerprint(tmp_path / "copy") != first, name
+
+
+def test_a_config_that_changed_beside_its_weights_changes_their_fingerprint(tmp_path):
+    model = ModelConfig(model=str(tiny_model("llama", 97, tmp_path)))
+    first = weights_fingerprint(model)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    assert weights_fingerprint(model) != first
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 100, (2).to_bytes(8, "little") + b"[]"])
+def test_a_file_that_is_no_safetensors_is_named(content, tmp_path):
+    tiny_model("llama", 97, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ModelError, match=r"model\.safetensors: is no safetensors file"):
+        weights_fingerprint(ModelConfig(model=str(tmp_path)))
 
 
 def test_a_config_that_is_no_language_model_is_refused(tmp_path):

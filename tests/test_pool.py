@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +35,8 @@ class Replica:
         self.restarts = 0
         self.failures = 0
         self.problem: str | None = None
-        self.fingerprint = "f"
+        self.weights = "f"
+        self.passage_logprobs = (-1.0, float("nan"), -3.0)
         self.is_down = False
         self.is_frozen = False
 
@@ -48,7 +50,19 @@ class Replica:
     async def answer_describe(self) -> Description:
         while self.is_down:
             await asyncio.sleep(0.01)
-        return Description("t", self.fingerprint, 10, 10, 64, 4, str(self.restarts), 1, "target")
+        return Description(
+            name="t",
+            fingerprint=self.weights,
+            vocab_size=10,
+            target_vocab_size=10,
+            max_context=64,
+            top_k=4,
+            incarnation=str(self.restarts),
+            pid=1,
+            node="host",
+            identity={"weights": self.weights},
+            passage_logprobs=self.passage_logprobs,
+        )
 
     async def answer_heartbeat(self) -> Heartbeat:
         while self.is_frozen:
@@ -76,8 +90,11 @@ def replicas(monkeypatch: pytest.MonkeyPatch) -> list[Replica]:
     return spawned
 
 
-def make_pool(count: int, most: int | None = None, **options: Any) -> TeacherPool:
-    teacher = TeacherConfig(name="t", model="m", replicas={"min": count, "max": most or count})
+def make_pool(
+    count: int, most: int | None = None, engine: dict[str, Any] | None = None, **options: Any
+) -> TeacherPool:
+    engine = engine or {"type": "transformers"}
+    teacher = TeacherConfig(name="t", model="m", engine=engine, replicas={"min": count, "max": most or count})
     return TeacherPool(teacher, ModelConfig(model="m"), AlignmentConfig(), hang_s=60, **options)
 
 
@@ -124,7 +141,7 @@ def test_a_replica_whose_engine_died_gets_a_new_process_at_once_and_status_says_
 def test_a_refused_replica_ends_nothing_while_another_may_come_back(replicas: list[Replica]) -> None:
     async def run() -> None:
         pool = make_pool(2)
-        replicas[1].fingerprint = "another"
+        replicas[1].weights = "another"
         await until(lambda: {m.state for m in pool._members.values()} == {"ready", "refused"})
         good = next(m for m in pool._members.values() if m.state == "ready")
         assert list((await pool.table()).handles) == [good.number]
@@ -133,8 +150,44 @@ def test_a_refused_replica_ends_nothing_while_another_may_come_back(replicas: li
         await until(lambda: good.state == "starting")
         assert not (await pool.table()).handles
         good.state = "refused"
-        with pytest.raises(AlignmentError, match="fingerprint another"):
+        with pytest.raises(
+            AlignmentError, match="weights: it runs with 'another', the first replica, on host, with 'f'"
+        ):
             await pool.table()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "is_refused"),
+    [
+        ((-1.005, float("nan"), -3.005), False),
+        ((-1.02, float("nan"), -3.02), True),
+        ((-1.0, -2.0, -3.0), True),
+        ((-1.0, float("nan"), -math.inf), True),
+    ],
+)
+def test_replicas_must_agree_on_the_self_tests_passage(
+    replicas: list[Replica], logprobs: tuple[float, ...], is_refused: bool
+) -> None:
+    async def run() -> None:
+        pool = make_pool(2)
+        replicas[1].passage_logprobs = logprobs
+        await until(lambda: "starting" not in {m.state for m in pool._members.values()})
+        problems = (await pool.status()).problems
+        assert bool(problems) is is_refused
+        if problems and logprobs[0] == -1.02:
+            assert "-2.020 nats a token, the first replica, on host, -2.000" in problems[0]
+            assert "differ by 0.020, limit 0.01" in problems[0]
+
+    asyncio.run(run())
+
+
+def test_replicas_in_half_precision_may_differ_by_its_rounding(replicas: list[Replica]) -> None:
+    async def run() -> None:
+        pool = make_pool(2, engine={"type": "transformers", "dtype": "bfloat16"})
+        replicas[1].passage_logprobs = (-1.05, float("nan"), -3.05)
+        await until(lambda: {m.state for m in pool._members.values()} == {"ready"})
 
     asyncio.run(run())
 
@@ -146,7 +199,7 @@ def test_a_refused_replica_is_taken_back_once_its_folder_is_restored(
 
     async def run() -> None:
         pool = make_pool(2)
-        replicas[1].fingerprint = "another"
+        replicas[1].weights = "another"
         await until(lambda: "refused" in {m.state for m in pool._members.values()})
         await until(lambda: {m.state for m in pool._members.values()} == {"ready"})
         assert len(replicas) == 3

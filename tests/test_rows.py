@@ -41,6 +41,19 @@ def corpus_of(folder: Path, texts: Iterable[str], **settings: Any) -> Corpus:
     return Corpus.open(CorpusConfig.model_validate({"sources": [source], "shuffle": False, **settings}), 0)
 
 
+@pytest.mark.parametrize("now", ["short", "é" * 3000])
+def test_a_document_that_changed_under_its_cursor_is_named(
+    tmp_path: Path, tokenizer_folders: dict[str, Path], now: str
+):
+    tokenizer = load(tokenizer_folders["bytelevel"])
+    reader = ShardReader(corpus_of(tmp_path, ["x " + "word " * 500]), tokenizer, 0, 1, 64)
+    while not reader.cursor()["offset"] % 2:
+        reader.next_row()
+    changed = corpus_of(tmp_path, [now])
+    with pytest.raises(CorpusError, match=r"corpus.jsonl:1: no character begins at byte \d+ of its part 0"):
+        ShardReader(changed, tokenizer, 0, 1, 64, reader.cursor())
+
+
 def documents_in(rows: Iterable[Row]) -> list[tuple[str, bytes]]:
     """Name and bytes of each document, its segments put together."""
     found: list[tuple[str, bytes]] = []

@@ -6,7 +6,7 @@ import pytest
 
 from fusellm_ray.errors import CheckpointError
 from fusellm_ray.folders import below, last_name
-from fusellm_ray.target.checkpoint import STATE_FILE
+from fusellm_ray.target.checkpoint import FORMAT, STATE_FILE
 from fusellm_ray.target.storage import Checkpoints, step_folder
 
 FILES = {"shard-00001-of-00002.safetensors": b"one", "shard-00002-of-00002.safetensors": b"three"}
@@ -23,7 +23,8 @@ def write(root, step, files=FILES):
 
 
 def state_text(step, files=FILES):
-    return json.dumps({"step": step, "files": {name: len(content) for name, content in files.items()}})
+    sizes = {name: len(content) for name, content in files.items()}
+    return json.dumps({"format": FORMAT, "step": step, "files": sizes})
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,13 @@ def test_complete_checkpoints_are_listed_by_step(tmp_path):
     assert steps_and_latest(tmp_path) == ([20, 300, 100_000_000], 100_000_000)
     with Checkpoints(f"file://{tmp_path}", "run").local_copy() as folder:
         assert folder == tmp_path / "run" / "step_100000000"
+
+
+def test_a_run_of_another_version_is_refused_rather_than_begun_again(tmp_path):
+    folder = write(tmp_path, 3)
+    (folder / STATE_FILE).write_text(state_text(3).replace(f'"format": {FORMAT}', '"format": 2'))
+    with pytest.raises(CheckpointError, match=f"step_00000003/{STATE_FILE}: format 2, this version reads"):
+        steps_and_latest(tmp_path)
 
 
 @pytest.mark.parametrize("first", [[STATE_FILE], [*FILES], [STATE_FILE, next(iter(FILES))]])

@@ -7,9 +7,10 @@ and what to do; nothing is guessed or skipped.
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +30,7 @@ _ENDINGS: dict[str, FileFormat] = {
 }
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _PARQUET_ROWS = 1024
+_SAMPLE_BYTES = 1 << 16
 
 
 class FileVersion(NamedTuple):
@@ -85,6 +87,19 @@ def find_files(path: str, wanted: Literal["auto"] | FileFormat) -> tuple[tuple[F
         (wanted,) = counts
     versions = tuple(FileVersion(str(p), (s := p.stat()).st_size, s.st_mtime_ns) for p in found)
     return versions, wanted
+
+
+def sampled_digest(paths: Iterable[str]) -> str:
+    """Of files too large to be read whole: of each its size, and 64 KiB at its start, middle and end."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            digest.update(size.to_bytes(8, "little"))
+            for place in (0, size // 2, max(0, size - _SAMPLE_BYTES)):
+                file.seek(place)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def _format_of(path: Path) -> FileFormat:

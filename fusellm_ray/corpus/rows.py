@@ -176,6 +176,12 @@ class _Rest:
         text = self.document.text[start : start + _BLOCK_CHARS]
         self._is_last_block = start + _BLOCK_CHARS >= len(self.document.text)
         self._data = text.encode()
+        is_inside = offset < len(self._data) and self._data[offset] & 0xC0 != 0x80
+        if not is_inside and (block or offset):
+            raise CorpusError(
+                f"document {self.document.name}: no character begins at byte {offset} of its part {block}, where the "
+                "checkpoint was; it was changed since: restore it, or use another run.name"
+            )
         self._encoding = self._encode(text)
         self._seek(offset)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,10 +24,11 @@ from weakref import WeakSet
 import datasets
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from fusellm_ray.config import CorpusConfig, SourceConfig
-from fusellm_ray.corpus.files import check_column, checked_text, find_files, read_records
+from fusellm_ray.corpus.files import check_column, checked_text, find_files, read_records, sampled_digest
 from fusellm_ray.errors import CorpusError
 
 _SCAN_ROWS = 10_000
@@ -63,8 +63,6 @@ class Corpus:
         self.sources = sources
         self._shuffle = shuffle
         self._seed = seed
-        identity = [shuffle, seed, [source.identity for source in sources]]
-        self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def open(cls, config: CorpusConfig, seed: int) -> Corpus:
@@ -74,6 +72,14 @@ class Corpus:
             CorpusError: a source is missing or empty, or a record lacks its field, is no string or no UTF-8.
         """
         return cls([_open_source(source) for source in config.sources], config.shuffle, seed)
+
+    def identity(self) -> dict[str, Any]:
+        """What the documents and their order depend on besides the seed; JSON-able. Reads all text but streams'."""
+        return {
+            "shuffle": self._shuffle,
+            "order": [source.name for source in self.sources],
+            "sources": {source.name: source.identity() for source in self.sources},
+        }
 
     def documents(
         self, shard: int, num_shards: int, cursor: Mapping[str, Any] | None = None
@@ -139,7 +145,7 @@ class ArrowSource:
 
     def __init__(self, config: SourceConfig, dataset: datasets.Dataset, field: str, files: list[str]) -> None:
         """`files` names the records' files; empty for a dataset of the hub's."""
-        self.name, self.weight = config.name, config.weight
+        self.name, self.weight, self._config = config.name, config.weight, config
         check_column(dataset.features.arrow_schema, field, f"source {config.name!r}")
         self._dataset = dataset.select_columns([field, "file", "number"] if files else [field])
         self._origin, self._field, self._files = str(config.dataset), field, files
@@ -151,7 +157,10 @@ class ArrowSource:
         self._rows = np.flatnonzero(lengths) if self.num_empty else None
         if not self.num_documents:
             raise CorpusError(f"source {config.name!r}: {len(lengths)} documents, none of them with any text")
-        self.identity = [_settings(config), files, len(lengths), self.num_bytes]
+
+    def identity(self) -> dict[str, Any]:
+        counts = {"documents": self.num_documents, "bytes": self.num_bytes}
+        return _settings(self._config) | counts | {"text": self._text_digest()}
 
     def _text_lengths(self) -> npt.NDArray[np.int64]:
         lengths, row = [np.zeros(0, np.int64)], 0
@@ -165,6 +174,20 @@ class ArrowSource:
             lengths.append(pc.binary_length(column).to_numpy().astype(np.int64))
             row += len(column)
         return np.concatenate(lengths)
+
+    def _text_digest(self) -> str:
+        """Of all texts and where they end, however they are spread over Arrow's buffers."""
+        digest = hashlib.blake2b(digest_size=16)
+        for batch in self._dataset.with_format("arrow").iter(batch_size=_SCAN_ROWS):
+            column = batch.column(self._field)
+            digest.update(pc.binary_length(column).to_numpy().astype("<i8"))
+            for chunk in filter(len, column.chunks):
+                _, ends, text = chunk.buffers()
+                width = np.int64 if pa.types.is_large_string(chunk.type) else np.int32
+                begin, end = np.frombuffer(ends, width)[[chunk.offset, chunk.offset + len(chunk)]].tolist()
+                if end > begin:  # there may be no buffer otherwise
+                    digest.update(memoryview(text)[begin:end])
+        return digest.hexdigest()
 
     def read(self, index: int) -> tuple[str, str]:
         """Text and name of the document with this index among those that are not empty."""
@@ -254,15 +277,22 @@ class StreamSource:
         self._config = config
         self._shards: WeakSet[_StreamShard] = WeakSet()
         self._windows: dict[int, _Window] = {}  # by epoch
-        self.identity: list[Any] = [_settings(config)]
         if config.path is not None:
             files, self._format = find_files(config.path, config.format)
             self._files = files
-            self.identity.append([(f.path, f.num_bytes) for f in files])
         else:
             self._dataset = _load_dataset(config)
         if not any(text for text, _ in self.records(0)):
             raise CorpusError(f"source {config.name!r}: no document with any text")
+
+    def identity(self) -> dict[str, Any]:
+        settings = _settings(self._config)
+        if self._config.path is not None:
+            return settings | {"files": len(self._files), "text": sampled_digest(f.path for f in self._files)}
+        folder = Path(str(self._config.dataset)).expanduser()
+        if folder.is_dir():
+            return settings | {"text": sampled_digest(map(str, sorted(folder.rglob("*.arrow"))))}
+        return settings | {"commit": _hub_commit(self._config)}
 
     def records(self, start: int) -> Iterator[tuple[str, str]]:
         """Texts (empty ones too) and names, from the record with index `start` on."""
@@ -439,8 +469,22 @@ def _load_dataset(config: SourceConfig) -> Any:
         ) from error
 
 
+def _hub_commit(config: SourceConfig) -> str:
+    try:
+        with _no_progress_bars():
+            builder = datasets.load_dataset_builder(
+                str(config.dataset), config.subset, revision=config.revision
+            )
+    except Exception as error:  # as above
+        raise CorpusError(
+            f"source {config.name!r}: dataset {config.dataset!r} does not say which commit it is at: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return str(builder.hash)
+
+
 def _settings(config: SourceConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json")
+    return config.model_dump(mode="json", exclude={"name"}, exclude_none=True)
 
 
 def _record_name(path: str, number: int) -> str:

@@ -39,7 +39,7 @@ from fusellm_ray.target.collectives import gather_json
 from fusellm_ray.target.model import add_adapters, trainable_parameters
 
 STATE_FILE = "state.json"
-FORMAT = 2
+FORMAT = 3
 """Of the folder; another number is refused."""
 FILE_BYTES = 1 << 30
 """Size of a file, about. A file is serialised in memory before it is written."""
@@ -126,15 +126,7 @@ def read_state(directory: str | Path) -> dict[str, Any]:
         ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: unreadable ({error}); use an earlier checkpoint") from error
-    if (
-        not isinstance(state, dict)
-        or state.get("format") != FORMAT
-        or not isinstance(state.get("files"), dict)
-    ):
-        seen = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(
-            f"{path}: format {seen!r}, this version reads {FORMAT}; use the version that wrote it"
-        )
+    require_format(state, str(path))
     for name, size in state["files"].items():
         file = Path(directory) / name
         if file.name != name:
@@ -144,6 +136,18 @@ def read_state(directory: str | Path) -> dict[str, Any]:
             is_like = "is missing" if seen is None else f"has {seen} bytes instead of {size}"
             raise CheckpointError(f"checkpoint {directory}: {name} {is_like}; use an earlier checkpoint")
     return state
+
+
+def require_format(state: Any, where: str) -> None:
+    """Refuse a state.json of another version of this package."""
+    is_ours = (
+        isinstance(state, dict) and state.get("format") == FORMAT and isinstance(state.get("files"), dict)
+    )
+    if not is_ours:
+        seen = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(
+            f"{where}: format {seen!r}, this version reads {FORMAT}; use the version that wrote it"
+        )
 
 
 def load_checkpoint(directory: str | Path, model: HeadedModel, optimizer: torch.optim.Optimizer) -> None:
@@ -192,6 +196,11 @@ def explain_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
         for key in keys
         if key not in before or key not in after or before[key] != after[key]
     ]
+
+
+def is_same_order(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a place in one run's corpus is that place in the other's, by their identities."""
+    return all(saved[key] == now[key] for key in ("corpus", "batch_rows", "seed"))
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

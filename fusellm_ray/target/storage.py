@@ -18,7 +18,7 @@ import pyarrow.fs
 
 from fusellm_ray.errors import CheckpointError
 from fusellm_ray.folders import absolute, below
-from fusellm_ray.target.checkpoint import STATE_FILE
+from fusellm_ray.target.checkpoint import STATE_FILE, require_format
 
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
 BEST_FOLDER = re.compile(r"best_(\d{8,})")
@@ -58,9 +58,17 @@ class Checkpoints:
         return [step for step in self._folders() if self._complete_state(step_folder(step)) is not None]
 
     def latest_state(self) -> dict[str, Any] | None:
-        """state.json of the latest complete checkpoint; None where there is none."""
-        states = (self._complete_state(step_folder(step)) for step in reversed(self._folders()))
-        return next((state for state in states if state is not None), None)
+        """state.json of the latest complete checkpoint; None where there is none.
+
+        Raises:
+            CheckpointError: another version of this package wrote it.
+        """
+        for step in reversed(self._folders()):
+            state = self._complete_state(step_folder(step))
+            if state is not None:
+                require_format(state, below(self.folder, f"{step_folder(step)}/{STATE_FILE}"))
+                return state
+        return None
 
     @contextlib.contextmanager
     def local_copy(self, step: int | Literal["best"] | None = None) -> Iterator[Path]:

@@ -37,7 +37,7 @@ from fusellm_ray.perplexity import held_out_documents
 from fusellm_ray.stream.client import TeacherStream
 from fusellm_ray.target import evaluation
 from fusellm_ray.target.batches import MicroBatch, RankBatches, StepBatch
-from fusellm_ray.target.checkpoint import load_checkpoint, read_state
+from fusellm_ray.target.checkpoint import is_same_order, load_checkpoint, read_state
 from fusellm_ray.target.collectives import gather_json, sum_over_ranks
 from fusellm_ray.target.model import (
     build_target,
@@ -333,7 +333,8 @@ def _restore(rank: Rank, checkpoint: ray.train.Checkpoint | None) -> Progress:
     return Progress(
         step=state["step"],
         skipped=state["skipped"],
-        cursors=state["cursors"],
+        # Into a corpus that was changed since, as it may be where the user allows it, they would lead astray.
+        cursors=state["cursors"] if is_same_order(state["identity"], rank.task.identity) else None,
         best=evaluation.Best(**state["best"]),
         # As for the driver: a run that need not stop early any more goes on.
         stopped_early=state["stopped_early"] and rank.config.training.early_stop is not None,

@@ -11,7 +11,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
@@ -23,7 +23,13 @@ from fusellm_ray.observe.progress import Display
 from fusellm_ray.stream.failures import cause_of, summary_of
 from fusellm_ray.teachers.identity import answer_settings, differences
 from fusellm_ray.teachers.report import Description, PoolStatus
-from fusellm_ray.teachers.service import get_status, stop_pools, supervise, wait_ready
+from fusellm_ray.teachers.service import (
+    get_status,
+    refuse_other_teachers,
+    stop_pools,
+    supervise,
+    wait_ready,
+)
 
 NAMESPACE = "fusellm_ray"
 _ANSWER_S = 10.0
@@ -74,13 +80,13 @@ def join_cluster(address: str) -> str:
 
 def bring_up(
     config: Config,
-    target_tokenizer: str,
+    identities: Mapping[str, Mapping[str, Any]],
     display: Display | None = None,
 ) -> dict[str, Description]:
     """Start the config's teachers, those that run already excepted, and wait until all are ready.
 
     Args:
-        target_tokenizer: fingerprint of the target's; what a teacher says is aligned to one tokenizer.
+        identities: what each teacher should be; see `service.refuse_other_teachers`.
         display: where progress goes.
 
     Raises:
@@ -97,7 +103,7 @@ def bring_up(
             if pools[teacher.name] is None:
                 started[teacher.name] = _supervise_detached(config, teacher)
         descriptions = wait_ready(pools | started, config.run.start_timeout_s, display)
-        _refuse_differences(config, pools | started, target_tokenizer)
+        refuse_other_teachers(descriptions, identities)
         return descriptions
     except BaseException:
         stop_pools(started)
@@ -114,12 +120,8 @@ def _supervise_detached(config: Config, teacher: TeacherConfig) -> Any:
         ) from error
 
 
-def attach(config: Config, target_tokenizer: str, display: Display | None = None) -> dict[str, Any]:
-    """The running pools of the config's teachers.
-
-    Args:
-        target_tokenizer: fingerprint of the target's.
-        display: where progress goes.
+def attach(config: Config) -> dict[str, Any]:
+    """The running pools of the config's teachers; they may still be loading.
 
     Raises:
         ClusterError: one is not running.
@@ -134,8 +136,6 @@ def attach(config: Config, target_tokenizer: str, display: Display | None = None
                 "`fusellm-ray teachers up CONFIG`, or train without --attach"
             )
     _refuse_differences(config, pools)
-    wait_ready(pools, config.run.start_timeout_s, display)
-    _refuse_differences(config, pools, target_tokenizer)
     return pools
 
 
@@ -224,7 +224,7 @@ def _status_or_problem(teacher: str, pool: Any) -> PoolStatus | str:
         return summary_of(cause_of(error))
 
 
-def _refuse_differences(config: Config, pools: dict[str, Any], target_tokenizer: str | None = None) -> None:
+def _refuse_differences(config: Config, pools: dict[str, Any]) -> None:
     for teacher in config.active_teachers:
         if teacher.name not in pools:
             continue
@@ -234,11 +234,7 @@ def _refuse_differences(config: Config, pools: dict[str, Any], target_tokenizer:
                 f"teacher {teacher.name} runs, and cannot work: {status}; look at its log, then "
                 "`fusellm-ray teachers down CONFIG` and up again"
             )
-        running, wanted = status.settings, answer_settings(teacher, config.alignment)
-        if target_tokenizer is not None and status.description is not None:
-            running = running | {"target's tokenizer": status.description.target_tokenizer}
-            wanted = wanted | {"target's tokenizer": target_tokenizer}
-        differing = differences(running, wanted)
+        differing = differences(status.settings, answer_settings(teacher, config.alignment))
         if differing:
             raise ConfigError(
                 f"teacher {teacher.name} runs with other settings than this config wants:\n  "

@@ -24,10 +24,12 @@ def answer_settings(teacher: TeacherConfig, alignment: AlignmentConfig) -> dict[
     return settings | {f"alignment.{key}": value for key, value in alignment.model_dump().items()}
 
 
-def differences(running: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """A line for each setting of a running pool that is not what a run wants."""
+def differences(
+    running: Mapping[str, Any], wanted: Mapping[str, Any], by: str = "this config wants"
+) -> list[str]:
+    """A line for each setting of a running teacher that is not what is wanted of it, and by whom."""
     return [
-        f"{key}: it runs with {running.get(key)!r}, this config wants {wanted.get(key)!r}"
+        f"{key}: it runs with {running.get(key)!r}, {by} {wanted.get(key)!r}"
         for key in sorted({*running, *wanted})
         if running.get(key) != wanted.get(key)
     ]

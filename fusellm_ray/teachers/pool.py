@@ -6,7 +6,8 @@
        └───── score ──────────────────────────┘
 
 A pool adds and removes actors; Ray restarts their processes, and its autoscaler brings the nodes. A replica
-is in the table while it is loaded, answers heartbeats, and has the fingerprint that the first one announced.
+is in the table while it is loaded, answers heartbeats, and is what the first one was: by its identity, and by what it
+says of a fixed passage.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import asyncio
 import collections
 import itertools
 import logging
+import math
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ from fusellm_ray.errors import AlignmentError, ClusterError, EngineError, FuseLL
 from fusellm_ray.observe.metrics import PoolMetrics
 from fusellm_ray.stream.address import REFRESH_S, HandleTable
 from fusellm_ray.stream.failures import cause_of, summary_of
-from fusellm_ray.teachers.identity import answer_settings
+from fusellm_ray.teachers.identity import answer_settings, differences
 from fusellm_ray.teachers.replica import TeacherReplica
 from fusellm_ray.teachers.report import Description, Heartbeat, PoolStatus, ReplicaStats
 from fusellm_ray.teachers.scaling import Decision, Load, Scaler
@@ -44,7 +46,11 @@ _MAX_FAILED_STARTS = 3
 _LOOK_S = 1.0
 """How long a rank that reports a replica waits for the look at it: a dead one is known at once, a frozen one late."""
 _REFUSED_S = 60.0
-"""Between two starts of a replica whose fingerprint was wrong: somebody may have restored the folder."""
+"""Between two starts of a replica that was not like the first: somebody may have restored the folder."""
+_AGREEMENT_NATS = {"float32": 0.01}
+"""How far replicas may differ on the self-test's passage, in the mean over its tokens; logprobs are float16 here ..."""
+_ROUGH_AGREEMENT_NATS = 0.1
+"""... and in any other dtype, or quantised, kernels of different devices round differently."""
 _MAX_FAILURES = 4
 """Requests in a row that a replica may fail; a new process may heal what its engine does not know of itself."""
 STOP_TIMEOUT_S = 30.0
@@ -300,22 +306,45 @@ class TeacherPool:
         return self._failure is not None
 
     def _accepts(self, member: _Member, description: Description) -> bool:
-        """Whether a replica gives the answers that the first one gave."""
+        """Whether a replica is what the first one was, and gives its answers."""
         if self._description is None:
             self._description = description
-        if description.fingerprint == self._description.fingerprint:
+        problem = self._disagreement(self._description, description)
+        if problem is None:
             self._failure = None
             return True
         self._failure = AlignmentError(
-            f"teacher {self._teacher.name}, replica {member.number}: announces fingerprint "
-            f"{description.fingerprint}, the first replica announced {self._description.fingerprint}: the "
-            "folder of the model, of its tokenizer or of the target's was changed; restore it, and the replica "
+            f"teacher {self._teacher.name}, replica {member.number} on {description.node}: {problem}, and the replica "
             f"is taken back within {_REFUSED_S:.0f} s, or start anew"
         )
         logger.error("%s", self._failure)
         member.state, member.problem = "refused", str(self._failure)
         ray.kill(member.handle)
         return False
+
+    def _disagreement(self, first: Description, other: Description) -> str | None:
+        """How a replica differs from the first one, and what to do about it."""
+        if other.fingerprint != first.fingerprint:
+            lines = differences(
+                other.identity, first.identity, by=f"the first replica, on {first.node}, with"
+            )
+            return (
+                "is not what the first replica was:\n  " + "\n  ".join(lines) + "\n"
+                "a folder of the model, a tokenizer or an adapter was changed, or a hub branch has moved; restore it"
+            )
+        pairs = zip(other.passage_logprobs, first.passage_logprobs, strict=True)
+        known = [(ours, its) for ours, its in pairs if math.isfinite(ours) or math.isfinite(its)]
+        count = max(1, len(known))
+        difference = sum(abs(ours - its) for ours, its in known) / count
+        limit = _AGREEMENT_NATS.get(getattr(self._teacher.engine, "dtype", ""), _ROUGH_AGREEMENT_NATS)
+        if difference <= limit:
+            return None
+        mean, wanted = sum(ours for ours, _ in known) / count, sum(its for _, its in known) / count
+        return (
+            f"gives the self-test's passage {mean:.3f} nats a token, the first replica, on {first.node}, {wanted:.3f}; "
+            f"token by token they differ by {difference:.3f}, limit {limit}: the same weights compute something else "
+            "there; look at its device and library versions, let that node not serve (resources.labels)"
+        )
 
     async def _look(self, member: _Member) -> None:
         """Ask a ready replica for its heartbeat; out of the table with it if something is wrong."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import time
 import uuid
 from typing import TYPE_CHECKING
@@ -70,7 +71,9 @@ class TeacherReplica:
             top_k=self._teacher.top_k,
             incarnation=self._incarnation,
             pid=os.getpid(),
-            target_tokenizer=scorer.target.fingerprint,
+            node=socket.gethostname(),
+            identity=scorer.identity,
+            passage_logprobs=scorer.passage_logprobs,
         )
 
     async def score(self, request: NDArray[np.uint8], run: str = "", batch: int = 0) -> NDArray[np.uint8]:

@@ -28,8 +28,12 @@ class Description:
     incarnation: str
     """Changes when the process does."""
     pid: int
-    target_tokenizer: str
-    """Fingerprint of the tokenizer that it aligns to."""
+    node: str
+    """Its host's name."""
+    identity: dict[str, Any]
+    """What `fingerprint` is the hash of; see `scoring.teacher_identity`."""
+    passage_logprobs: tuple[float, ...]
+    """Gold logprobs of the self-test's passage in the target's tokens; NaN where it says nothing."""
 
 
 @dataclass(frozen=True, slots=True)

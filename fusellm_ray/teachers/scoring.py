@@ -19,19 +19,21 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fusellm_ray.alignment.project import Aligned, Aligner
-from fusellm_ray.config import AlignmentConfig, ModelConfig, TeacherConfig
+from fusellm_ray.config import AlignmentConfig, ModelConfig, SimulatedEngine, TeacherConfig, VllmEngine
 from fusellm_ray.corpus.rows import Segment
 from fusellm_ray.corpus.tokens import ByteTokenizer, Encoding
 from fusellm_ray.errors import ConfigError, EngineError
 from fusellm_ray.stream import frame
 from fusellm_ray.teachers.cache import AnswerCache
 from fusellm_ray.teachers.engine import Scores, make_engine
-from fusellm_ray.teachers.identity import engine_settings
+from fusellm_ray.teachers.identity import answer_settings
 from fusellm_ray.teachers.report import ReplicaStats
 from fusellm_ray.teachers.turns import Turns
 
@@ -83,19 +85,10 @@ class TeacherScorer:
         self.tokenizer = ByteTokenizer.of_model(teacher, self.engine.vocab_size)
         self._name, self._top_k = teacher.name, teacher.top_k
         self._aligner = Aligner(self.tokenizer, self.target, alignment, teacher.top_k)
-        self.fingerprint = _fingerprint(
-            {
-                "wire": frame.VERSION,
-                "model": teacher.model,
-                "revision": teacher.revision,
-                "engine": engine_settings(teacher),
-                "tokenizer": self.tokenizer.fingerprint,
-                "target_tokenizer": self.target.fingerprint,
-                "alignment": alignment.model_dump(),
-                "top_k": teacher.top_k,
-                "max_context": self.engine.max_context,
-            }
-        )
+        self.identity = teacher_identity(teacher, alignment, self.tokenizer, self.target)
+        self.fingerprint = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        self.passage_logprobs: tuple[float, ...] = ()
+        """Of `self_test`; replicas of one teacher must agree in them."""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{teacher.name}-align")
         self._turns = Turns(2 * self.engine.max_prompts)  # as many again, so that it never runs dry
         self._cache = AnswerCache(teacher.cache_bytes)
@@ -169,6 +162,7 @@ class TeacherScorer:
                 f"teacher {self._name}: no position of the self-test passage got a distribution; its "
                 f"tokenizer ({self.tokenizer.vocab_size} tokens) and the target's do not fit the text"
             )
+        self.passage_logprobs = tuple(parts[0].gold.tolist())
 
     async def stop(self) -> None:
         """Give back the engine's memory and processes. Idempotent."""
@@ -273,8 +267,30 @@ class TeacherScorer:
             self._stats.engine_s += time.monotonic() - self._engine_since
 
 
-def _fingerprint(identity: dict[str, object]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+def teacher_identity(
+    teacher: TeacherConfig, alignment: AlignmentConfig, tokenizer: ByteTokenizer, target: ByteTokenizer
+) -> dict[str, Any]:
+    """All that a teacher's answers depend on besides the text, by the keys people write; JSON-able.
+
+    The same for every process that sees the same files; no weights are loaded for it.
+
+    Raises:
+        ModelError: the model or its adapter cannot be read.
+    """
+    identity = answer_settings(teacher, alignment) | {
+        "wire": frame.VERSION,
+        "tokenizer": tokenizer.fingerprint,
+        "target_tokenizer": target.fingerprint,
+    }
+    if isinstance(teacher.engine, SimulatedEngine):
+        return identity
+    # Not at the top: it brings torch, which an engine without a model needs for nothing.
+    from fusellm_ray.models import folder_fingerprint, weights_fingerprint
+
+    identity["weights"] = weights_fingerprint(teacher)
+    if isinstance(teacher.engine, VllmEngine) and teacher.engine.lora:
+        identity["engine.lora weights"] = folder_fingerprint(Path(teacher.engine.lora).expanduser())
+    return identity
 
 
 def windows(

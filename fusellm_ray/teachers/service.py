@@ -11,10 +11,11 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fusellm_ray.config import Config, TeacherConfig
-from fusellm_ray.errors import ClusterError, FuseLLMError
+from fusellm_ray.errors import ClusterError, ConfigError, FuseLLMError
 from fusellm_ray.models import model_facts
 from fusellm_ray.observe.progress import Display
 from fusellm_ray.stream.failures import cause_of, summary_of
+from fusellm_ray.teachers.identity import differences
 from fusellm_ray.teachers.pool import STOP_TIMEOUT_S
 from fusellm_ray.teachers.report import Description, PoolStatus
 from fusellm_ray.teachers.supervisor import PoolSupervisor
@@ -107,6 +108,29 @@ def wait_ready(
                 "(run.start_timeout_s)"
             )
         time.sleep(0.2)
+
+
+def refuse_other_teachers(
+    descriptions: Mapping[str, Description], identities: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Compare what is loaded with what the config means on the driver's node.
+
+    Args:
+        descriptions: as `wait_ready` gave them; a pool sees to it that all replicas are what its first one is.
+        identities: as `plan.preflight` made them, by teacher.
+
+    Raises:
+        ConfigError: a model, a tokenizer or a setting differs; the message says which.
+    """
+    for name, description in descriptions.items():
+        differing = differences(description.identity, identities[name])
+        if differing:
+            raise ConfigError(
+                f"teacher {name} on {description.node} is not what this config means on this node:\n  "
+                + "\n  ".join(differing)
+                + "\nlet all nodes see the same folders and name hub commits as revision; teachers that were up "
+                "before: take them down and up again, or give the config's another name"
+            )
 
 
 class PoolWatch:
