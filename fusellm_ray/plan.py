@@ -102,9 +102,9 @@ def preflight(config: Config) -> dict[str, Any]:
     teachers = {}
     for i, teacher in enumerate(config.active_teachers):
         _, own_tokenizer = _checked_tokenizer(i, teacher, tokenizer)
-        teachers[teacher.name] = teacher_identity(teacher, config.alignment, own_tokenizer, tokenizer)
         if isinstance(teacher.engine, VllmEngine):
             _check_vllm(f"teachers[{i}] ({teacher.name})", teacher, teacher.engine)
+        teachers[teacher.name] = teacher_identity(teacher, config.alignment, own_tokenizer, tokenizer)
     corpus = Corpus.open(config.corpus, config.run.seed)
     if config.evaluation.sources:
         documents = held_out_documents(config.evaluation.sources, config.evaluation.max_bytes)
