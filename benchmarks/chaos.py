@@ -4,6 +4,7 @@ The same small run twice, on a private Ray each: once left alone, once with proc
 go by: replicas, the supervisor (all replicas go with it), and one time in ten a trainer rank. Teachers are simulated,
 two with two replicas each, and slow enough that requests are out at any time. `lost` and `duplicated` are tokens, step
 by step against the run left alone; a step that a restarted rank repeats from its checkpoint replaces the one before.
+That they are the same tokens shows in `losses_equal` and in `cursors_equal`: how far each shard of the corpus was read.
 The last line is one JSON object.
 """
 
@@ -20,12 +21,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from fusellm_ray.config import Config, parse_config
 from fusellm_ray.job import run_job
 from fusellm_ray.observe.progress import Display
-from tests.faults import own_processes, same_bits, weights
+from fusellm_ray.target.storage import Checkpoints
+from tests.faults import Descendants, own_processes, same_bits, weights
 from tests.runs import build_run
 from tests.tokenizers import build
 
@@ -46,6 +46,7 @@ class Chaos(Display):
         self.killed: collections.Counter[str] = collections.Counter()
         self.steps: dict[int, dict[str, Any]] = {}
         self._times: list[float] = []
+        self.processes = Descendants()
 
     def note(self, text: str) -> None:
         print(text, flush=True)
@@ -54,6 +55,7 @@ class Chaos(Display):
         if record["event"] != "step":
             return
         self._times.append(time.monotonic())
+        self.processes.look()
         self.steps[record["step"]] = record
         if self._left and record["step"] >= self._next and self._kill():
             self._next = record["step"] + STEPS_PER_KILL
@@ -114,12 +116,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         tree = make_tree(root, arguments.kills)
         calm, chaos = Chaos(0, arguments.seed), Chaos(arguments.kills, arguments.seed)
         runs = {"calm": calm, "chaos": chaos}
-        exported = {}
+        exported, cursors = {}, []
         for name, display in runs.items():
             config = make_config(root, name, tree)
             outcome = run_job(config, display=display)
             assert outcome.is_finished
             exported[name] = weights(config, root / f"{name}-export")
+            state = Checkpoints(config.run.storage, config.run.name).latest_state()
+            assert state is not None
+            cursors.append(state["cursors"])
     kills = chaos.killed.total()
     tokens = [(calm.steps[step]["tokens"], chaos.steps.get(step, {}).get("tokens", 0)) for step in calm.steps]
     figures = {
@@ -128,13 +133,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "lost": int(sum(max(0, wanted - seen) for wanted, seen in tokens)),
         "duplicated": int(sum(max(0, seen - wanted) for wanted, seen in tokens)),
         "losses_equal": all(calm.steps[s]["loss"] == chaos.steps.get(s, {}).get("loss") for s in calm.steps),
+        "cursors_equal": cursors[0] == cursors[1],
         "weights_equal": same_bits(*exported.values()),
         "seconds_lost_per_kill": round((chaos.seconds - calm.seconds) / max(1, kills), 2),
         "seconds": {name: round(display.seconds, 1) for name, display in runs.items()},
         "steps": len(calm.steps),
-        "processes_left": [
-            p.name() for p in psutil.Process().children(recursive=True) if p.status() != "zombie"
-        ],
+        "processes_left": chaos.processes.left(),
         "cores": len(os.sched_getaffinity(0)),
     }
     for key, figure in figures.items():

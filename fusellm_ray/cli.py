@@ -10,11 +10,16 @@ from typing import Literal
 import click
 
 import fusellm_ray
+from fusellm_ray.credentials import refuse_credentials
 from fusellm_ray.errors import FuseLLMError
 from fusellm_ray.folders import below, is_uri
 
 INTERRUPTED = 130
 """Exit code after a requested stop: the run is saved, and not finished."""
+
+
+_JSON_LOG_OF = f"{__name__}.json_log_of"
+"""Key in click's context: the run whose log is JSON."""
 
 
 class _Commands(click.Group):
@@ -24,7 +29,14 @@ class _Commands(click.Group):
         try:
             return super().invoke(context)
         except FuseLLMError as error:
-            click.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
+            run = context.meta.get(_JSON_LOG_OF)
+            if run is None:
+                click.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
+            else:
+                from fusellm_ray.observe.progress import make_display
+
+                said = {"event": "error", "error": type(error).__name__, "text": str(error)}
+                make_display(run, "json").show(said)
             sys.exit(1)
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
@@ -81,9 +93,11 @@ def quickstart(seed: int, steps: int | None, cache: Path | None, json_path: Path
     type=click.Choice(["text", "json"]),
     default="text",
     show_default=True,
-    help="json: an object a line, of the driver and of every other process.",
+    help="json: an object a line, of the driver and of Ray's processes; what libraries print stays as it is.",
 )
+@click.pass_context
 def train(
+    context: click.Context,
     config: Path,
     overrides: tuple[str, ...],
     allow_changes: bool,
@@ -93,8 +107,11 @@ def train(
     """Train the target of CONFIG with its teachers; run it again to resume."""
     from fusellm_ray.config import load_config
 
+    if log_format == "json":
+        context.meta[_JSON_LOG_OF] = str(config)  # until its name is known
     settings = load_config(config, overrides)  # refuse before the seconds that the imports below take
     if log_format == "json":
+        context.meta[_JSON_LOG_OF] = settings.run.name
         os.environ["RAY_LOGGING_CONFIG_ENCODING"] = "JSON"  # Ray reads it once, when it is imported
     from fusellm_ray.job import run_job
     from fusellm_ray.observe.progress import make_display
@@ -139,7 +156,7 @@ def up(config: Path, overrides: tuple[str, ...]) -> None:
 
     display = make_display()
     with running_cluster():
-        bring_up(settings, preflight(settings)["target_tokenizer"], display.teachers)
+        bring_up(settings, preflight(settings)["target_tokenizer"], display)
     display.note("teachers are up; `fusellm-ray train CONFIG --attach` uses them")
 
 
@@ -416,6 +433,7 @@ def align(
 def _run_folder(run: str, overrides: tuple[str, ...]) -> str:
     """The folder of a run, which may be given by its config."""
     if is_uri(run) or Path(run).is_dir():
+        refuse_credentials(run, "the run's folder")  # it is printed
         return run
     from fusellm_ray.config import load_config
 

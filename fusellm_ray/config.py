@@ -17,9 +17,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from fusellm_ray.credentials import find_credentials
+from fusellm_ray.credentials import refuse_credentials
 from fusellm_ray.errors import ConfigError
 
 Tree = typing.TypeVar("Tree", bound=BaseModel)
@@ -29,9 +37,9 @@ _TAGS = ("transformers", "vllm", "simulated")
 
 
 class Frozen(BaseModel):
-    """Immutable, and refuses keys it does not know."""
+    """Immutable, and refuses keys it does not know and numbers that are infinite or none at all."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 # ---------------------------------------------------------------------------------------- models
@@ -81,6 +89,15 @@ class TargetConfig(ModelConfig):
     lora: LoraConfig | None = None
     """Train adapters only; export merges them."""
 
+    @model_validator(mode="after")
+    def _can_compute(self) -> TargetConfig:
+        if self.attention == "flash_attention_2" and self.dtype == "float32":
+            raise ValueError(
+                "attention=flash_attention_2 computes in half precision only and dtype=float32; set target.dtype to "
+                "bfloat16, or target.attention to sdpa"
+            )
+        return self
+
 
 class TransformersEngine(Frozen):
     """The reference engine: a transformers model on any device."""
@@ -112,6 +129,31 @@ class VllmEngine(Frozen):
     args: dict[str, Any] = {}
     """Any further engine argument, by vLLM's own name; checked against vLLM's."""
 
+    @field_validator("args")
+    @classmethod
+    def _stages(cls, args: dict[str, Any]) -> dict[str, Any]:
+        stages = args.get("pipeline_parallel_size", 1)
+        if not isinstance(stages, int) or stages < 1:
+            raise ValueError(f"pipeline_parallel_size={stages!r}: expected a number of at least 1")
+        return args
+
+    @property
+    def num_ranks(self) -> int:
+        """GPUs that one replica computes on."""
+        return self.tensor_parallel_size * int(self.args.get("pipeline_parallel_size", 1))
+
+    @property
+    def asks_ray_itself(self) -> bool:
+        """Whether vLLM asks Ray for the GPUs, in place of the replica."""
+        return self.args.get("distributed_executor_backend") == "ray"
+
+    def for_another_model(self) -> VllmEngine:
+        """Without what belongs to the model: its adapter, and arguments other than where it runs."""
+        places = ("pipeline_parallel_size", "distributed_executor_backend")
+        return self.model_copy(
+            update={"lora": None, "args": {key: self.args[key] for key in places if key in self.args}}
+        )
+
 
 class SimulatedEngine(Frozen):
     """No weights: a cost model with deterministic answers, to measure the pipeline itself."""
@@ -142,6 +184,17 @@ class Replicas(Frozen):
         return self
 
 
+def _check_amount(name: str, amount: float) -> None:
+    """Refuse an amount of a Ray resource that Ray itself would refuse."""
+    if amount < 0:
+        raise ValueError(f"{name}: {amount} is below 0")
+    if 0 < amount < _LEAST_AMOUNT:
+        raise ValueError(f"{name}: {amount} is less than Ray counts; ask for 0 or at least {_LEAST_AMOUNT}")
+    if name == "GPU" and amount > 1 and not amount.is_integer():
+        raise ValueError(f"{name}: {amount} is neither a fraction of one GPU nor a whole number of them")
+
+
+_LEAST_AMOUNT = 0.0001
 _RAY_RESOURCES = {
     "CPU": "use num_cpus",
     "GPU": "use num_gpus",
@@ -153,8 +206,8 @@ _RAY_RESOURCES = {
 class Resources(Frozen):
     """What one replica asks Ray for."""
 
-    num_cpus: float = Field(default=1.0, ge=0)
-    num_gpus: float = Field(default=0.0, ge=0)
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
     """A fraction shares a GPU between replicas."""
     custom: dict[str, float] = {}
     """Custom Ray resources, for instance {teacher_slot: 1}."""
@@ -162,14 +215,19 @@ class Resources(Frozen):
     """Ray labels that its node must have, for instance {ray.io/accelerator-type: H100}; also "!H100", "in(H100, H200)"
     and "!in(...)"."""
 
+    @field_validator("num_cpus", "num_gpus")
+    @classmethod
+    def _countable(cls, amount: float, info: ValidationInfo) -> float:
+        _check_amount({"num_cpus": "CPU", "num_gpus": "GPU"}[info.field_name or ""], amount)
+        return amount
+
     @field_validator("custom")
     @classmethod
     def _custom(cls, custom: dict[str, float]) -> dict[str, float]:
         for name, amount in custom.items():
             if name in _RAY_RESOURCES:
                 raise ValueError(f"{name} is no custom resource; {_RAY_RESOURCES[name]}")
-            if amount < 0:
-                raise ValueError(f"{name}: {amount} is below 0")
+            _check_amount(name, amount)
         return custom
 
     @field_validator("labels")
@@ -215,9 +273,34 @@ class TeacherConfig(ReaderConfig):
     cache_bytes: int = Field(default=256 << 20, ge=0)
     """Memory a replica uses for its latest answers, so that the same text asked again (by another run of a sweep,
     by a resumed run) is not scored again; a token takes about 4 to 6 bytes a candidate. Answers from it may differ in
-    their last bits from those to the same text in another batch. 0: none."""
+    their last bits from those to the same text in another batch. Each replica has its own; teachers that are up for
+    several runs get a text at the same replica. 0: none."""
     replicas: Replicas = Replicas()
     resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _fits_vllm(self) -> TeacherConfig:
+        if not isinstance(self.engine, VllmEngine):
+            return self
+        if self.max_context == 2:
+            raise ValueError(
+                "max_context=2: vLLM generates one token after each prompt, which leaves prompts of one token, where "
+                "there is nothing to predict; set it to at least 3"
+            )
+        num_gpus, ranks = self.resources.num_gpus, self.engine.num_ranks
+        if self.engine.asks_ray_itself or num_gpus == 0:  # 0: vLLM's build for CPUs
+            return self
+        if max(num_gpus, 1.0) != ranks:
+            raise ValueError(
+                f"engine.tensor_parallel_size × engine.args.pipeline_parallel_size = {ranks} GPUs in one replica, and "
+                f"resources.num_gpus={num_gpus:g}; set num_gpus to {ranks}"
+            )
+        if num_gpus < self.engine.gpu_memory_utilization and num_gpus < 1:
+            raise ValueError(
+                f"resources.num_gpus={num_gpus:g} shares a GPU, of whose memory engine.gpu_memory_utilization="
+                f"{self.engine.gpu_memory_utilization:g} takes more; lower that to at most {num_gpus:g}"
+            )
+        return self
 
 
 # ---------------------------------------------------------------------------------------- corpus
@@ -334,6 +417,9 @@ class EarlyStop(Frozen):
     """Bits per byte that an evaluation must be better to count as an improvement."""
 
 
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TrainingConfig(Frozen):
     """The optimisation."""
 
@@ -347,7 +433,7 @@ class TrainingConfig(Frozen):
     warmup_ratio: float = Field(default=0.008, ge=0, le=1)
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """Learning rate at the end, as a share of lr."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[_Decay, _Decay] = (0.9, 0.95)
     weight_decay: float = Field(default=0.1, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
     max_skipped_steps: int = Field(default=3, ge=0)
@@ -392,6 +478,13 @@ class TrainerConfig(Frozen):
     max_failures: int = Field(default=3, ge=0)
     """Times the worker group is restarted from its last checkpoint."""
 
+    @field_validator("resources_per_worker")
+    @classmethod
+    def _countable(cls, resources: dict[str, float]) -> dict[str, float]:
+        for name, amount in resources.items():
+            _check_amount(name, amount)
+        return resources
+
 
 class StreamConfig(Frozen):
     """Requests from ranks to teachers."""
@@ -404,13 +497,14 @@ class StreamConfig(Frozen):
     on_teacher_loss: Literal["wait", "drop", "fail"] = "wait"
     """wait: for a teacher that does not answer, `deadline_s` long, then end the run; what is trained is the same
     as if nothing had happened. fail: end the run after `loss_deadline_s`. drop: after `loss_deadline_s` go on with
-    the other teachers (with none: CLM only), count the tokens, and take the teacher back when it answers again."""
+    the other teachers (with none: CLM only), count the tokens, and take the teacher back when it answers again. A run
+    begins only once every teacher is up."""
     deadline_s: float = Field(default=600.0, gt=0)
     """How long a rank waits for a teacher's answer, restarts included, before it gives up."""
     loss_deadline_s: float = Field(default=60.0, gt=0)
     """Without an answer for so long, a teacher counts as lost under drop and fail."""
     allow_spilling: bool = False
-    """Run on a cluster whose nodes write objects to disk when their object store is full."""
+    """Run on a cluster whose nodes write objects to disk, or do not say whether they do: none is asked."""
 
 
 class EvaluationConfig(Frozen):
@@ -537,10 +631,9 @@ class Config(Frozen):
         if self.fusion.gate != "frozen_target":
             return self.teachers
         own: dict[str, Any] = {key: getattr(self.target, key) for key in ModelConfig.model_fields}
-        if isinstance(
-            self.teachers[0].engine, VllmEngine
-        ):  # an adapter and special arguments are that model's
-            own["engine"] = self.teachers[0].engine.model_copy(update={"lora": None, "args": {}})
+        engine = self.teachers[0].engine
+        if isinstance(engine, VllmEngine):
+            own["engine"] = engine.for_another_model()
         frozen = self.teachers[0].model_copy(
             update=own | {"name": FROZEN_TARGET, "weight": 1.0, "max_context": None, "add_bos": None}
         )
@@ -603,7 +696,7 @@ def read_tree(path: str | Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"config {path}: not valid YAML: {error}") from error
+        raise ConfigError(f"config {path}: not valid YAML: {_yaml_problem(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path}: expected a mapping of sections, got {type(tree).__name__}")
     return tree
@@ -612,16 +705,10 @@ def read_tree(path: str | Path) -> dict[str, Any]:
 def parse_config(tree: Mapping[str, Any], where: str = "config") -> Config:
     """Validate an already parsed tree; `preset` in it names a starting point."""
     tree = dict(tree)
-    secrets = find_credentials(tree)
-    if secrets:  # before anything else, for other messages show the value they refuse
-        raise ConfigError(
-            f"{where}: holds credentials, and configurations are saved and shown\n  "
-            + "\n  ".join(f"{path}: {kind}" for path, kind in secrets)
-            + "\ngive them to every node by its environment (AWS_ACCESS_KEY_ID, HF_TOKEN, …) or its role instead"
-        )
+    refuse_credentials(tree, where)
     preset = tree.pop("preset", None)
     if preset is not None:
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise ConfigError(f"{where}: preset {preset!r} is unknown; known: {', '.join(PRESETS)}")
         tree = _with_preset(preset, tree)
     return validated(Config, tree, where)
@@ -658,12 +745,23 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     """Set what `key.path=value` says in a tree of mappings and lists; the value is YAML."""
     dotted, separator, text = override.partition("=")
     if not separator or not dotted:
-        raise ConfigError(f"override {override!r}: expected key.path=value")
+        key = re.split(r"[^\w.]", override, maxsplit=1)[0]  # what follows it may be meant for nobody's eyes
+        raise ConfigError(f"override {key!r}: expected key.path=value")
+    where = f"override {dotted!r}"
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
-    set_dotted(tree, dotted, value, where=f"override {override!r}")
+        raise ConfigError(f"{where}: the value is not valid YAML: {_yaml_problem(error)}") from None
+    set_dotted(tree, dotted, value, where)
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """What is wrong and where, without the text, which may hold a secret."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:  # a character that no YAML may have
+        return str(error)
+    problem = re.sub(r"'(?!<).{2,}'", "what is there", getattr(error, "problem", None) or "malformed")
+    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})"
 
 
 def set_dotted(tree: dict[str, Any], dotted: str, value: Any, where: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import urllib.request
 
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
@@ -29,5 +30,8 @@ def is_open(dashboard: str) -> bool:
     try:
         with urllib.request.urlopen(f"{dashboard}/api/jobs/", timeout=5) as answer:
             return answer.status == 200
-    except OSError:  # HTTP errors are, too
+    except (
+        OSError,
+        http.client.HTTPException,
+    ):  # HTTP errors are OSErrors; an answer that is no HTTP is none
         return False

@@ -2,6 +2,7 @@
 
     main thread     signals, progress, the teachers' pools
     fit thread      ray.train TorchTrainer.fit(): the worker group, its restarts and checkpoints
+    disk watch      does a node that came since write objects to disk?
 
 The first SIGINT or SIGTERM asks the ranks to save and end; a second one ends the run at once. Either way
 nothing that was started here outlives the call.
@@ -48,7 +49,7 @@ from fusellm_ray.target.control import RunControl
 from fusellm_ray.target.storage import Checkpoints
 from fusellm_ray.target.task import NameController, NoDatasets, RaiseLastingErrors, TrainTask, run_rank
 from fusellm_ray.teachers.attach import attach, join_cluster, running_cluster
-from fusellm_ray.teachers.service import PoolWatch, start_pools, stop_pools, wait_ready
+from fusellm_ray.teachers.service import SLOW_START_S, PoolWatch, start_pools, stop_pools, wait_ready
 
 JOB_STOP_WAIT_S = 60
 """What `ray job stop` should give a run for its checkpoint; Ray's default is 3."""
@@ -56,14 +57,9 @@ COLLECTIVE_S = 1800
 """How long a rank waits for the others in a collective, at least; torch's default."""
 POLL_S = 0.5
 """How often the driver looks for new records."""
-SLOW_START_S = 60.0
-"""Without a rank for so long, the driver says what it waits for."""
 ELASTIC_PLACEMENT_S = 30.0
 """After so long without a place an elastic group gets another size: Ray looks every 20 s which nodes there are, and
 may have counted one that is gone."""
-
-DISK_LOOK_S = 10.0
-"""Between two looks at nodes' disks: one that leaves takes its count along, one that comes may not be set right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,14 +119,16 @@ def run_job(
                 f"the cluster must grow first ({missing}); "
                 f"giving up after {config.run.start_timeout_s:.0f} s (run.start_timeout_s)"
             )
+        for note in plan.unused_gpus(config):
+            display.note(note)
         own_pools: dict[str, Any] = {}
         try:
             if attached:
-                pools = attach(config, identity["target_tokenizer"])
+                pools = attach(config, identity["target_tokenizer"], display)
             if pools is None:
                 pools = own_pools = start_pools(config)
-            descriptions = wait_ready(pools, config.run.start_timeout_s, on_progress=display.teachers)
-            disk = DiskWatch(refuse=not config.stream.allow_spilling)
+            descriptions = wait_ready(pools, config.run.start_timeout_s, display)
+            disk = stack.enter_context(contextlib.closing(DiskWatch(refuse=not config.stream.allow_spilling)))
             identity["teachers"] = {name: d.fingerprint for name, d in descriptions.items()}
             if saved is not None:
                 _refuse_changes(saved, identity, allow_changes, checkpoints.folder)
@@ -374,7 +372,6 @@ def _fit(
         for record in log.so_far():
             losses.notes(record)
     asked_to_stop = False
-    disk_looked_at = time.monotonic()
     started = time.monotonic()
     has_said_so = False
     thread.start()
@@ -390,9 +387,7 @@ def _fit(
                 records, num_dropped = ray.get(control.take.remote())
             except RayError as error:
                 raise ClusterError(f"the run's control actor on this node is gone: {error}") from error
-            if time.monotonic() - disk_looked_at > DISK_LOOK_S:
-                disk_looked_at = time.monotonic()
-                disk.look()
+            disk.poll()
             stop.can_wait = stop.can_wait or bool(records)
             if not stop.can_wait and not has_said_so and time.monotonic() - started > SLOW_START_S:
                 has_said_so = True

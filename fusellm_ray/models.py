@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import constants, get_session, hf_hub_url
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -64,14 +65,23 @@ def model_facts(config: ModelConfig) -> ModelFacts:
     """Read a model's config.json; no weights are loaded.
 
     Raises:
-        ModelError: the model does not exist, is no causal language model, or states no context length.
+        ModelError: the model does not exist, is no causal language model, or states no context length, or a
+            teacher's max_context exceeds it.
     """
     hf_config = _read_config(config)
     text = hf_config.get_text_config()
-    stated = config.max_context if isinstance(config, TeacherConfig) else None
+    stated = None
     for key in ("max_position_embeddings", "max_seq_len", "seq_length"):
         stated = stated or getattr(text, key, None)
-    if stated is None:
+    max_context = stated
+    if isinstance(config, TeacherConfig) and config.max_context is not None:
+        max_context = config.max_context
+        if stated is not None and max_context > stated:
+            raise ModelError(
+                f"teacher {config.name}: max_context={max_context} exceeds what the config of {config.model} states "
+                f"({stated}); lower it to at most {stated}"
+            )
+    if max_context is None:
         raise ModelError(
             f"{config.model}: its config states no context length (max_position_embeddings); "
             "set max_context for a teacher, choose another model as target"
@@ -80,7 +90,7 @@ def model_facts(config: ModelConfig) -> ModelFacts:
     return ModelFacts(
         architecture=type(skeleton).__name__,
         vocab_size=text.vocab_size,
-        max_context=stated,
+        max_context=max_context,
         num_parameters=sum(p.numel() for p in skeleton.parameters()),
     )
 
@@ -133,7 +143,7 @@ def load_hf_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: there is none, or it cannot be read.
     """
-    return _from_pretrained(AutoTokenizer.from_pretrained, config)
+    return _from_pretrained(AutoTokenizer.from_pretrained, config, needs_weights=False)
 
 
 def _kind(dtype: torch.dtype, attention: str | None) -> dict[str, Any]:
@@ -144,8 +154,10 @@ def _read_config(config: ModelConfig) -> PretrainedConfig:
     return _from_pretrained(AutoConfig.from_pretrained, config)
 
 
-def _from_pretrained(load: Callable[..., T], config: ModelConfig, **kwargs: Any) -> T:
-    name, is_local = _origin(config)
+def _from_pretrained(
+    load: Callable[..., T], config: ModelConfig, *, needs_weights: bool = True, **kwargs: Any
+) -> T:
+    name, is_local = _origin(config, needs_weights)
     return _explained(
         config,
         load,
@@ -157,42 +169,54 @@ def _from_pretrained(load: Callable[..., T], config: ModelConfig, **kwargs: Any)
     )
 
 
-def _origin(config: ModelConfig) -> tuple[str, bool]:
-    """The folder or hub id, and whether only this machine is asked; a folder that is no model is refused."""
+_PICKLED = "pickled weights (.bin, .pt) are never loaded, convert them by model.save_pretrained(folder)"
+
+
+def _origin(config: ModelConfig, needs_weights: bool) -> tuple[str, bool]:
+    """The folder or hub id, and whether only this machine is asked; what is no model of ours is refused."""
     folder = Path(config.model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(
                 f"{config.model}: the folder has no config.json; give a folder that save_pretrained wrote"
             )
-        if not any(folder.glob("*.safetensors")):
-            raise ModelError(
-                f"{config.model}: the folder has no *.safetensors file; pickled weights (.bin, .pt) are "
-                "never loaded, convert them: model.save_pretrained(folder)"
-            )
+        if needs_weights and not any(folder.glob("*.safetensors")):
+            raise ModelError(f"{config.model}: the folder has no *.safetensors file; {_PICKLED}")
         return str(folder), True
     if config.model.count("/") > 1 or config.model.startswith((".", "/", "~")):
         raise ModelError(f"{config.model}: no such folder (seen from this machine); check the path")
-    return config.model, not _hub_answers(config)
+    files = _hub_files(config)
+    # transformers would ask a service on the web to convert what has none, with the user's token.
+    if needs_weights and files and not any(file.endswith(".safetensors") for file in files):
+        raise ModelError(f"{_versioned(config)}: has no *.safetensors file on the hub; {_PICKLED}")
+    return config.model, files is None
 
 
-def _hub_answers(config: ModelConfig) -> bool:
-    """One short attempt: transformers itself retries for half a minute per file when there is no network."""
+def _hub_files(config: ModelConfig) -> list[str] | None:
+    """The files that the hub lists, none where it knows no such model; None: it does not answer.
+
+    One short attempt: transformers itself retries for half a minute per file when there is no network.
+    """
     if constants.is_offline_mode():
-        return False
+        return None
     try:
-        get_session().head(hf_hub_url(config.model, "config.json"), timeout=HUB_TIMEOUT_S)
+        info = HfApi().model_info(config.model, revision=config.revision, timeout=HUB_TIMEOUT_S)
+    except HfHubHTTPError:  # an answer; loading says what is wrong
+        return []
     except Exception:  # whatever the HTTP library raises, the cache is what is left
-        return False
-    return True
+        return None
+    return [file.rfilename for file in info.siblings or []]
+
+
+def _versioned(config: ModelConfig) -> str:
+    return f"{config.model}@{config.revision}" if config.revision else config.model
 
 
 def _explained(config: ModelConfig, load: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     try:
         return load(*args, **kwargs)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, AttributeError) as error:
-        at = f"{config.model}@{config.revision}" if config.revision else config.model
-        raise ModelError(f"{at}: cannot be loaded; {_advice(error)}") from error
+        raise ModelError(f"{_versioned(config)}: cannot be loaded; {_advice(error)}") from error
 
 
 def _advice(error: Exception) -> str:

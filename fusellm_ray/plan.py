@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 import os
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 from fusellm_ray.alignment.project import Aligner
 from fusellm_ray.alignment.statistics import Sequences, kind_shares, position_kinds
-from fusellm_ray.config import Config, ModelConfig, SimulatedEngine, TeacherConfig, VllmEngine
+from fusellm_ray.config import Config, ModelConfig, Resources, SimulatedEngine, TeacherConfig, VllmEngine
 from fusellm_ray.corpus.rows import ShardReader
 from fusellm_ray.corpus.source import Corpus
 from fusellm_ray.corpus.tokens import ByteTokenizer
@@ -24,6 +27,9 @@ from fusellm_ray.models import ModelFacts, build_on_meta, model_facts
 from fusellm_ray.observe.sinks import require_packages
 from fusellm_ray.perplexity import held_out_documents
 from fusellm_ray.target.quantise import require_bitsandbytes
+
+Node = Mapping[str, Any]
+"""A node as ray.nodes() describes it; its Resources and Labels are read."""
 
 SAMPLE_ROWS = 8
 """Rows of the corpus on which `check` measures alignment."""
@@ -83,14 +89,15 @@ def preflight(config: Config) -> dict[str, Any]:
         raise ConfigError("target.lora needs PEFT, which is not installed: pip install peft")
     if config.target.lora is not None and config.target.lora.quantise is not None:
         require_bitsandbytes()
+    if config.target.lora is not None:
+        from fusellm_ray.target.model import add_adapters
+
+        add_adapters(build_on_meta(config.target), config.target.lora)
     tokenizer = ByteTokenizer.of_model(config.target, target.vocab_size)
     for i, teacher in enumerate(config.active_teachers):
         _checked_tokenizer(i, teacher, tokenizer)
-        if isinstance(teacher.engine, VllmEngine) and not _has_vllm():
-            raise ConfigError(
-                f"teachers[{i}] ({teacher.name}): engine.type=vllm, and vllm is not installed; install the gpu or "
-                "cpu extra, or use the transformers engine"
-            )
+        if isinstance(teacher.engine, VllmEngine):
+            _check_vllm(f"teachers[{i}] ({teacher.name})", teacher, teacher.engine)
     corpus = Corpus.open(config.corpus, config.run.seed)
     if config.evaluation.sources:
         documents = held_out_documents(config.evaluation.sources, config.evaluation.max_bytes)
@@ -111,6 +118,22 @@ def preflight(config: Config) -> dict[str, Any]:
     }
 
 
+def _check_vllm(where: str, teacher: TeacherConfig, engine: VllmEngine) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            f"{where}: engine.type=vllm, and vllm is not installed; install the gpu or cpu extra, or use the "
+            "transformers engine"
+        )
+    if not engine.args and engine.lora is None:
+        return  # spares the import, ten seconds
+    try:
+        with mock.patch.dict(os.environ):  # vllm sets variables for processes of its own, not for Ray's
+            from fusellm_ray.teachers.vllm import check_settings
+    except ConfigError:  # it may need what only the replicas' nodes have; they check the same
+        return
+    check_settings(teacher.name, engine)
+
+
 def _check_prompts(config: Config, tokenizer: ByteTokenizer, target: ModelFacts) -> None:
     evaluation = config.evaluation
     for i, prompt in enumerate(evaluation.prompts):
@@ -126,41 +149,79 @@ def _check_prompts(config: Config, tokenizer: ByteTokenizer, target: ModelFacts)
             )
 
 
-def demand(
-    config: Config, *, with_teachers: bool = True, beside: Sequence[TeacherConfig] = ()
-) -> dict[str, float]:
-    """Resources that the run needs at least, by Ray's names; `beside` it teachers of other runs, fully grown."""
-    needs: dict[str, float] = {}
+@dataclass(frozen=True, slots=True)
+class _Asking:
+    """Processes of one kind, each of which asks for the same."""
 
-    def add(resources: dict[str, float], times: int) -> None:
-        for name, amount in resources.items():
-            if amount:
-                needs[name] = needs.get(name, 0.0) + amount * times
+    who: str
+    count: int
+    """At least."""
+    amounts: dict[str, float]
+    where: Resources
+    """Its labels say on which nodes."""
 
+    def __str__(self) -> str:
+        amounts = ", ".join(f"{name} {amount:g}" for name, amount in self.amounts.items())
+        labels = ", ".join(f"{name}={value}" for name, value in self.where.labels.items())
+        return f"{self.who}: asked {self.count} × ({amounts or 'nothing'}){labels and f' on nodes with {labels}'}"
+
+    def room(self, nodes: Sequence[Node]) -> float:
+        """How many of them these nodes would hold, were they empty."""
+        return sum(
+            min(
+                (_times(name, much, node["Resources"]) for name, much in self.amounts.items()),
+                default=math.inf,
+            )
+            for node in nodes
+            if self.where.label_matches(node.get("Labels", {}))
+        )
+
+
+def _times(name: str, amount: float, resources: Mapping[str, float]) -> int:
+    there = resources.get(name, 0.0)
+    if name == "GPU" and amount < 1:  # a fraction is one of a single GPU
+        return int(there) * int(1 / amount + 1e-6)
+    return int(there / amount + 1e-6)
+
+
+def _asking(config: Config, *, with_teachers: bool) -> list[_Asking]:
+    asking = []
     for teacher in config.active_teachers if with_teachers else ():
-        add(_of_a_replica(teacher), teacher.replicas.min)
-    for teacher in beside:
-        add(_of_a_replica(teacher), teacher.replicas.max)
+        amounts = _of_a_replica(teacher)
+        asking.append(_Asking(f"teacher {teacher.name}", teacher.replicas.min, amounts, teacher.resources))
     # As Ray Train counts: a rank asks for its GPU, or else one CPU, unless it is told what to ask for.
-    own = {"GPU": 1.0} if config.trainer.use_gpu else {"CPU": 1.0}
+    own = {"GPU": 1.0} if config.trainer.use_gpu else {}
     told = config.trainer.resources_per_worker
-    add(
-        ({"GPU": 1.0} | told if config.trainer.use_gpu else told) if told else own, config.trainer.workers.min
-    )
-    return needs
+    amounts = own | told if told else own or {"CPU": 1.0}
+    return [*asking, _Asking("ranks", config.trainer.workers.min, _positive(amounts), Resources())]
 
 
 def _of_a_replica(teacher: TeacherConfig) -> dict[str, float]:
     asked = teacher.resources
-    return {"CPU": asked.num_cpus, "GPU": asked.num_gpus} | asked.custom
+    return _positive({"CPU": asked.num_cpus, "GPU": asked.num_gpus} | asked.custom)
+
+
+def _positive(amounts: dict[str, float]) -> dict[str, float]:
+    return {name: amount for name, amount in amounts.items() if amount}
+
+
+def demand(config: Config, *, with_teachers: bool = True) -> dict[str, float]:
+    """Resources that the run needs at least, by Ray's names."""
+    needs: dict[str, float] = {}
+    for asking in _asking(config, with_teachers=with_teachers):
+        for name, amount in asking.amounts.items():
+            needs[name] = needs.get(name, 0.0) + amount * asking.count
+    return needs
 
 
 def fits_beside(config: Config, others: Sequence[TeacherConfig]) -> bool:
-    """Whether the cluster, as large as it is now, has in all what the run and these teachers need."""
+    """Whether the cluster, as large as it is now, has in all what the run and these teachers, fully grown, need."""
     import ray
 
-    have = ray.cluster_resources()
-    needs = demand(config, beside=others)
+    have, needs = ray.cluster_resources(), demand(config)
+    for teacher in others:
+        for name, amount in _of_a_replica(teacher).items():
+            needs[name] = needs.get(name, 0.0) + amount * teacher.replicas.max
     return all(have.get(name, 0.0) + 1e-6 >= amount for name, amount in needs.items())
 
 
@@ -175,11 +236,14 @@ def describe_demand(config: Config) -> str:
     )
 
 
-def require_resources(config: Config, *, has_teachers: bool = False) -> str | None:
+def require_resources(
+    config: Config, *, has_teachers: bool = False, nodes: Sequence[Node] | None = None
+) -> str | None:
     """Refuse a run that this cluster can never hold.
 
     Args:
         has_teachers: they are up already, and ask for nothing more.
+        nodes: the cluster's; default: those of the cluster that this process has joined.
 
     Returns:
         What is missing now, where the cluster may still grow (a joined cluster with an autoscaler); else None.
@@ -187,44 +251,63 @@ def require_resources(config: Config, *, has_teachers: bool = False) -> str | No
     Raises:
         ClusterError: the private cluster of this machine is too small.
     """
-    import ray
-
-    have = ray.cluster_resources()
-    needs = demand(config, with_teachers=not has_teachers)
+    nodes = _joined_nodes() if nodes is None else nodes
+    have: dict[str, float] = defaultdict(float)
+    for name, amount in itertools.chain.from_iterable(node["Resources"].items() for node in nodes):
+        have[name] += amount
     missing = [
-        f"{name}: asked {amount:g}, there {have.get(name, 0.0):g}"
-        for name, amount in needs.items()
-        if have.get(name, 0.0) + 1e-6 < amount
+        f"{name}: asked {amount:g}, there {have[name]:g}"
+        for name, amount in demand(config, with_teachers=not has_teachers).items()
+        if have[name] + 1e-6 < amount
     ]
-    if not has_teachers:
-        missing += _missing_labels(config, [node for node in ray.nodes() if node["Alive"]])
+    for asking in _asking(config, with_teachers=not has_teachers):
+        if (room := asking.room(nodes)) < asking.count:
+            missing.append(f"{asking}, room for {room}")
     if not missing:
         return None
-    text = ", ".join(missing)
+    text = "; ".join(missing)
     if not os.environ.get("RAY_ADDRESS"):
         raise ClusterError(
             f"this machine is too small for the run ({text}); lower trainer.workers, teachers' replicas or their "
-            "resources (fractions share a core), or set RAY_ADDRESS to a larger cluster"
+            "resources (fractions share a core), or set RAY_ADDRESS to a larger cluster (`check --no-cluster` looks "
+            "at the config alone)"
         )
     return text
 
 
-def _missing_labels(config: Config, nodes: list[dict[str, Any]]) -> list[str]:
-    """Teachers whose replicas fit no node that has their labels."""
-    missing = []
-    for teacher in config.active_teachers:
-        asked = teacher.resources
-        amounts = _of_a_replica(teacher)
-        fits = [
-            node
-            for node in nodes
-            if asked.label_matches(node.get("Labels", {}))
-            and all(node["Resources"].get(name, 0.0) + 1e-6 >= amount for name, amount in amounts.items())
-        ]
-        if asked.labels and not fits:
-            labels = ", ".join(f"{name}={value}" for name, value in asked.labels.items())
-            missing.append(f"teacher {teacher.name}: no node with {labels} that holds a replica")
-    return missing
+def unused_gpus(config: Config, *, nodes: Sequence[Node] | None = None) -> list[str]:
+    """What will compute on CPUs although the cluster has GPUs: allowed, and slow where it was not meant."""
+    nodes = _joined_nodes() if nodes is None else nodes
+    gpus = sum(node["Resources"].get("GPU", 0.0) for node in nodes)
+    if not gpus:
+        return []
+    on_cpu = [
+        f"teacher {teacher.name} (resources.num_gpus=0)"
+        for teacher in config.active_teachers
+        if not teacher.resources.num_gpus and not _gets_gpus_otherwise(teacher)
+    ]
+    if not config.trainer.use_gpu:
+        on_cpu.append("ranks (trainer.use_gpu=false)")
+    return [f"computes on CPUs, though there are {gpus:g} GPUs: {', '.join(on_cpu)}"] if on_cpu else []
+
+
+def _gets_gpus_otherwise(teacher: TeacherConfig) -> bool:
+    engine = teacher.engine
+    return isinstance(engine, SimulatedEngine) or (isinstance(engine, VllmEngine) and engine.asks_ray_itself)
+
+
+def _joined_nodes() -> list[Node]:
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _this_machine() -> Node:
+    """The node that a private Ray would have here, as `train` starts one without RAY_ADDRESS."""
+    from ray._private.resource_and_label_spec import ResourceAndLabelSpec
+
+    spec = ResourceAndLabelSpec().resolve(is_head=True, node_ip_address="127.0.0.1")
+    return {"Resources": spec.to_resource_dict(), "Labels": spec.labels}
 
 
 def make_plan(config: Config, *, with_cluster: bool = True) -> Plan:
@@ -366,40 +449,25 @@ def _compare_with_cluster(config: Config) -> list[str]:
     import ray
 
     from fusellm_ray.exposure import warn_of_open_cluster
+    from fusellm_ray.teachers.attach import join_cluster
 
-    if os.environ.get("RAY_ADDRESS"):
-        joined = ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
-        try:
-            missing = require_resources(config)
-            warnings = warn_of_open_cluster(joined.dashboard_url or "")
-        finally:
-            ray.shutdown()
-        if missing:
-            wait = config.run.start_timeout_s
-            warnings.append(
-                f"the cluster must grow first ({missing}); a run waits {wait:.0f} s for it, then gives up"
-            )
-        return warnings
-    needs = demand(config)
-    cores = os.cpu_count() or 1
-    if needs.get("CPU", 0.0) > cores:
-        raise ClusterError(
-            f"CPU: asked {needs['CPU']:g}, this machine has {cores}; lower trainer.resources_per_worker or the "
-            "teachers' resources.num_cpus (fractions share a core), or set RAY_ADDRESS to a larger cluster"
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        here = [_this_machine()]
+        require_resources(config, nodes=here)
+        return unused_gpus(config, nodes=here)
+    dashboard_url = join_cluster(address)
+    try:
+        missing = require_resources(config)
+        warnings = [*warn_of_open_cluster(dashboard_url), *unused_gpus(config)]
+    finally:
+        ray.shutdown()
+    if missing:
+        wait = config.run.start_timeout_s
+        warnings.append(
+            f"the cluster must grow first ({missing}); a run waits {wait:.0f} s for it, then gives up"
         )
-    import torch
-
-    gpus = torch.cuda.device_count()
-    if needs.get("GPU", 0.0) > gpus:
-        raise ClusterError(
-            f"GPU: asked {needs['GPU']:g}, this machine has {gpus}; set RAY_ADDRESS to a cluster that has them, "
-            "or check the config alone with --no-cluster"
-        )
-    return []
-
-
-def _has_vllm() -> bool:
-    return importlib.util.find_spec("vllm") is not None
+    return warnings
 
 
 def teacher_tokenizer(teacher: TeacherConfig) -> tuple[ModelFacts | None, ByteTokenizer]:

@@ -30,6 +30,7 @@ from fusellm_ray.config import (
     set_dotted,
     validated,
 )
+from fusellm_ray.credentials import refuse_credentials
 from fusellm_ray.errors import ConfigError
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9 _.-]*$"
@@ -192,6 +193,7 @@ def load_study(path: str | Path, overrides: Iterable[str] = ()) -> Study:
 
 def parse_study(tree: dict[str, Any], where: str = "study") -> Study:
     """Validate an already parsed tree."""
+    refuse_credentials(tree, where)
     study = validated(Study, tree, where)
     base = study.config()
     if not base.evaluation.sources:

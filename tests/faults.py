@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,30 @@ def own_processes(title: str) -> list[int]:
         except (psutil.NoSuchProcess, IndexError):
             continue
     return found
+
+
+class Descendants:
+    """Processes that were seen below this one, those that outlive their parents included."""
+
+    def __init__(self) -> None:
+        self._seen: set[psutil.Process] = set()
+
+    def look(self) -> None:
+        self._seen.update(psutil.Process().children(recursive=True))
+
+    def left(self, timeout_s: float = 20.0) -> list[str]:
+        """Names of those that still run when none does any more or the time is up."""
+        give_up = time.monotonic() + timeout_s
+        while (names := [name for p in self._seen if (name := _running(p))]) and time.monotonic() < give_up:
+            time.sleep(0.2)
+        return names
+
+
+def _running(process: psutil.Process) -> str | None:
+    try:
+        return process.name() if process.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.NoSuchProcess:
+        return None
 
 
 def kill(pid: int) -> None:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import ray
 from ray.cluster_utils import Cluster
 
 from fusellm_ray.config import load_config
 from fusellm_ray.job import export_run, run_job
 from fusellm_ray.stream.memory import NO_DISK_ENVIRONMENT
-from tests.faults import Injector
+from tests.faults import Descendants, Injector
 
 
 def main(config_path: str, export: str) -> None:
@@ -30,6 +28,7 @@ def main(config_path: str, export: str) -> None:
     os.environ["RAY_ADDRESS"] = cluster.address
     ray.init(address=cluster.address, log_to_driver=False)
     removed = []
+    processes = Descendants()
 
     def remove_a_teachers_node() -> None:
         """The one on which slots are taken: both replicas, or one of two."""
@@ -40,20 +39,18 @@ def main(config_path: str, export: str) -> None:
         }
         free = ray._private.state.available_resources_per_node()
         victim = min(in_use, key=lambda node_id: free.get(node_id, {}).get("teacher_slot", 0.0))
+        processes.look()
         node = next(node for node in nodes if node.node_id == victim)
         cluster.remove_node(node, allow_graceful=False)
         removed.append(victim)
 
     seen = Injector({4: remove_a_teachers_node})
     assert run_job(config, display=seen).is_finished
+    processes.look()
     export_run(config, Path(export))
     ray.shutdown()
     cluster.shutdown()
-    give_up = time.monotonic() + 20
-    while (
-        left := [p.name() for p in psutil.Process().children(recursive=True) if p.status() != "zombie"]
-    ) and (time.monotonic() < give_up):
-        time.sleep(0.2)
+    left = processes.left()
     print(json.dumps({"removed": len(removed), "losses": seen.losses, "processes_left": left}))
 
 

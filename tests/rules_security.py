@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from urllib.parse import parse_qs, urlsplit
 
 from tests.manifests import Setup, rule, selects
 
@@ -93,3 +94,23 @@ def network_policies_cover_every_pod(setup: Setup) -> Iterator[str]:
     for needed, port in (("DNS", 53), ("the API server, the hub and the bucket", 443)):
         if port not in allowed:
             yield f"no way out to {needed}"
+
+
+@rule
+def ray_pods_are_let_out_to_the_object_store(setup: Setup) -> Iterator[str]:
+    for name, config in setup.configs().items():
+        storage = urlsplit(config.run.storage)
+        if not storage.scheme:  # a volume
+            continue
+        endpoint = parse_qs(storage.query).get("endpoint_override", ["https://"])[0]
+        address = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
+        port = address.port or {"http": 80, "https": 443}[address.scheme]
+        for pod in setup.ray_pods():
+            ways_out = [
+                opening
+                for policy in setup.of_kind("NetworkPolicy")
+                if selects(policy["spec"]["podSelector"], pod)
+                for opening in policy["spec"].get("egress", [])
+            ]
+            if not any(p["port"] == port for o in ways_out if not o.get("to") for p in o["ports"]):
+                yield f"{name}: {pod.name} is not let out to port {port} of run.storage={config.run.storage}"

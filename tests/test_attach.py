@@ -40,12 +40,8 @@ def cluster(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> str:
     return address
 
 
-@pytest.fixture(scope="module")
-def up(ray_session: None, tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """What `fusellm-ray teachers up` says, run in a process that is gone by now."""
-    path = tmp_path_factory.mktemp("config") / "run.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    command = [sys.executable, "-c", "from fusellm_ray.cli import main; main()", "teachers", "up", str(path)]
+def command(*arguments: Any) -> dict[str, Any]:
+    """Of `fusellm-ray` on the tests' cluster, for subprocess."""
     environment = (
         os.environ
         | {
@@ -53,7 +49,16 @@ def up(ray_session: None, tree: dict[str, Any], tmp_path_factory: pytest.TempPat
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # whatever its name: look for Ray on the loopback, where it is
         }
     )
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    run = [sys.executable, "-c", "from fusellm_ray.cli import main; main()", *map(str, arguments)]
+    return {"args": run, "env": environment}
+
+
+@pytest.fixture(scope="module")
+def up(ray_session: None, tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """What `fusellm-ray teachers up` says, run in a process that is gone by now."""
+    path = tmp_path_factory.mktemp("config") / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    done = subprocess.run(**command("teachers", "up", path), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     yield done.stderr
     take_down(parse_config(tree))
@@ -80,16 +85,27 @@ def test_up_waits_until_all_replicas_are_ready(up: str, tree: dict[str, Any], cl
         assert (status.ready, status.wanted, status.problems) == (1, 1, ())
 
 
-def test_runs_share_the_teachers_and_leave_them_running(up: str, tree: dict[str, Any], cluster: str) -> None:
+def test_two_runs_at_once_share_the_teachers_and_leave_them_running(
+    up: str, tree: dict[str, Any], cluster: str, tmp_path: Path
+) -> None:
     config = parse_config(tree)
     before = pids(config)
-    for clm_weight in (0.3, 0.7):
-        named = tree | {
-            "run": tree["run"] | {"name": f"attached-{clm_weight}"},
-            "objective": {"clm_weight": clm_weight},
-        }
-        assert run_job(parse_config(named), attached=True).is_finished
-    for name in ("left", "right"):  # the second run asked for what the first had asked for
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    runs = [
+        subprocess.Popen(
+            **command(
+                "train", path, "--attach", f"run.name=sweep-{weight}", f"objective.clm_weight={weight}"
+            ),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for weight in (0.3, 0.7)
+    ]
+    for run in runs:
+        _, said = run.communicate(timeout=300)
+        assert run.returncode == 0, said
+    for name in ("left", "right"):  # both asked for the same text
         (stats,) = ray.get(find_pool(name).stats.remote(name)).values()
         assert stats.cache_hits > 0
         assert stats.positions < stats.answered

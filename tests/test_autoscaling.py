@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from fusellm_ray.config import Config
-from fusellm_ray.stream.memory import refuse_disk
+from fusellm_ray.stream.memory import DiskWatch
 from fusellm_ray.teachers.service import start_pools, stop_pools, wait_ready
 from tests.head import running_head
 from tests.models import tiny_model
@@ -52,7 +52,7 @@ def drive(model: str) -> None:
     try:
         wait_ready(pools, PATIENCE_S)
         seen.append(num_teacher_nodes())
-        refuse_disk()
+        DiskWatch(refuse=True)
     finally:
         stop_pools(pools)
     give_up = time.monotonic() + PATIENCE_S

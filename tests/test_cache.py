@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fusellm_ray.alignment.project import Aligned
-from fusellm_ray.config import AlignmentConfig, ModelConfig, TeacherConfig
+from fusellm_ray.config import AlignmentConfig, ModelConfig, SimulatedEngine, TeacherConfig
 from fusellm_ray.corpus.rows import Segment
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.errors import EngineError
@@ -162,8 +162,7 @@ def test_the_wire_form_encodes_to_the_same_bytes(vocab_size: int) -> None:
     )
 
 
-def test_a_replica_answers_from_memory_with_the_same_frame(tmp_path: Path) -> None:
-    folder = build("llama", tiny_model("llama", VOCAB_SIZE, tmp_path / "model"))
+def five_segments(folder: Path) -> list[Segment]:
     tokenizer = ByteTokenizer.load(str(folder), vocab_size=VOCAB_SIZE)
     text = "".join(training_text())
     segments = []
@@ -171,6 +170,38 @@ def test_a_replica_answers_from_memory_with_the_same_frame(tmp_path: Path) -> No
         tokens = tokenizer.sequence(text[start : start + 300], False)
         piece = text[start : start + 300].encode()
         segments.append(Segment(piece, tokens.ids, tokens.ends, False, "domain", "d"))
+    return segments
+
+
+def test_an_answer_from_memory_does_not_hide_an_engine_that_fails(tmp_path: Path) -> None:
+    folder = build("llama", tmp_path)
+    known, new, *_ = five_segments(folder)
+
+    async def ask() -> None:
+        teacher = TeacherConfig(
+            name="t", model=str(folder), top_k=8, engine=SimulatedEngine(type="simulated")
+        )
+        scorer = TeacherScorer(teacher, ModelConfig(model=str(folder)), AlignmentConfig(), VOCAB_SIZE)
+        await scorer.self_test()
+        await scorer.answer(encode_request([known]))
+        well = scorer.engine._cost  # type: ignore[attr-defined]
+        scorer.engine._cost = well.model_copy(update={"failure_rate": 1.0})  # type: ignore[attr-defined]
+        for failures in (1, 2):
+            with pytest.raises(EngineError):
+                await scorer.answer(encode_request([known, new]))
+            await scorer.answer(encode_request([known]))
+            assert scorer.failures == failures
+        scorer.engine._cost = well  # type: ignore[attr-defined]
+        await scorer.answer(encode_request([known, new]))
+        assert scorer.failures == 0
+        await scorer.stop()
+
+    asyncio.run(ask())
+
+
+def test_a_replica_answers_from_memory_with_the_same_frame(tmp_path: Path) -> None:
+    folder = build("llama", tiny_model("llama", VOCAB_SIZE, tmp_path / "model"))
+    segments = five_segments(folder)
 
     async def ask() -> None:
         teacher = TeacherConfig(name="t", model=str(folder), top_k=8)

@@ -1,5 +1,6 @@
 """The command line as a user meets it: real processes, exit codes, messages."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -37,3 +38,18 @@ def test_a_bad_config_is_one_message_without_a_traceback(tmp_path: Path):
     assert result.returncode == 1
     assert "did you mean 'training'?" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_the_error_that_ends_a_run_with_structured_logs_is_an_object_too(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"run": {"name": "a"}, "trainning": {}}))
+    result = fusellm("train", str(path), "--log-format", "json")
+    assert result.returncode == 1
+    (line,) = map(json.loads, result.stderr.splitlines())
+    assert (line["role"], line["run"], line["event"], line["error"]) == (
+        "driver",
+        str(path),
+        "error",
+        "ConfigError",
+    )
+    assert "did you mean 'training'?" in line["text"]

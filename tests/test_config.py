@@ -64,6 +64,11 @@ def test_presets_are_valid():
         parse_config(minimal() | {"preset": name})
 
 
+@pytest.mark.parametrize("preset", ["papers", ["paper"], {"paper": 1}])
+def test_a_preset_that_is_none_is_refused(preset: object):
+    assert f"run.yaml: preset {preset!r} is unknown; known: paper" in refused(minimal() | {"preset": preset})
+
+
 def refused(tree: dict) -> str:
     with pytest.raises(ConfigError) as caught:
         parse_config(tree, where="run.yaml")
@@ -103,11 +108,113 @@ def test_elastic_workers_need_a_resource_that_teachers_do_not_take():
 
 @pytest.mark.parametrize("attention", ["flex_attention", "flash_attention_2"])
 def test_attention_that_only_gpus_can_train_is_refused_elsewhere(attention: str):
-    target = {"model": "target", "attention": attention}
+    target = {"model": "target", "attention": attention, "dtype": "bfloat16"}
     assert f"target.attention={attention} has no backward pass on a CPU" in refused(
         minimal() | {"target": target}
     )
     parse_config(minimal() | {"target": target, "trainer": {"use_gpu": True}})
+
+
+def test_flash_attention_in_single_precision_is_refused():
+    tree = minimal() | {"trainer": {"use_gpu": True}}
+    tree["target"] = {"model": "target", "attention": "flash_attention_2"}
+    assert "half precision only and dtype=float32; set target.dtype to bfloat16" in refused(tree)
+
+
+@pytest.mark.parametrize(
+    ("training", "says"),
+    [
+        ({"betas": [0.9, 1.0]}, "training.betas.1: Input should be less than 1 (got 1.0)"),
+        ({"betas": [-0.1, 0.9]}, "training.betas.0: Input should be greater than or equal to 0 (got -0.1)"),
+        ({"lr": float("inf")}, "training.lr: Input should be a finite number"),
+        ({"weight_decay": float("nan")}, "training.weight_decay: Input should be a finite number"),
+    ],
+)
+def test_numbers_no_optimiser_can_use_are_refused(training: dict, says: str):
+    assert says in refused(minimal() | {"training": {"steps": 3, **training}})
+
+
+@pytest.mark.parametrize(
+    ("resources", "says"),
+    [
+        ({"num_cpus": -1}, "CPU: -1.0 is below 0"),
+        ({"num_cpus": float("inf")}, "num_cpus: Input should be a finite number"),
+        ({"num_gpus": 1.5}, "GPU: 1.5 is neither a fraction of one GPU nor a whole number of them"),
+        ({"num_gpus": 0.00001}, "GPU: 1e-05 is less than Ray counts; ask for 0 or at least 0.0001"),
+        ({"custom": {"slot": float("nan")}}, "custom.slot: Input should be a finite number"),
+    ],
+)
+def test_amounts_that_ray_cannot_give_are_refused(resources: dict, says: str):
+    tree = minimal()
+    tree["teachers"][0]["resources"] = resources
+    assert says in refused(tree)
+
+
+def test_amounts_that_ray_can_give_are_taken():
+    tree = minimal() | {"trainer": {"use_gpu": True, "resources_per_worker": {"GPU": 0.5, "CPU": 1.5}}}
+    tree["teachers"][0]["resources"] = {"num_cpus": 2.5, "num_gpus": 2, "custom": {"slot": 0.5}}
+    parse_config(tree)
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [({"CPU": -1}, "CPU: -1.0 is below 0"), ({"GPU": 2.5}, "GPU: 2.5 is neither a fraction")],
+)
+def test_amounts_for_ranks_that_ray_cannot_give_are_refused(told: dict, says: str):
+    assert says in refused(minimal() | {"trainer": {"use_gpu": True, "resources_per_worker": told}})
+
+
+def vllm_teacher(num_gpus: float, max_context: int | None = None, **engine: object) -> dict:
+    tree = minimal()
+    tree["teachers"][0] |= {
+        "engine": {"type": "vllm", **engine},
+        "resources": {"num_gpus": num_gpus},
+        "max_context": max_context,
+    }
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "engine", "wanted"),
+    [
+        (1, {"tensor_parallel_size": 2}, 2),
+        (2, {"tensor_parallel_size": 2, "args": {"pipeline_parallel_size": 2}}, 4),
+        (2, {}, 1),
+        (0.5, {"tensor_parallel_size": 2}, 2),
+    ],
+)
+def test_vllm_gets_as_many_gpus_as_it_spreads_a_model_over(num_gpus: float, engine: dict, wanted: int):
+    says = f"= {wanted} GPUs in one replica, and resources.num_gpus={num_gpus:g}; set num_gpus to {wanted}"
+    assert says in refused(vllm_teacher(num_gpus, **engine))
+    parse_config(vllm_teacher(wanted, **engine))
+    parse_config(vllm_teacher(0, **engine))  # its build for CPUs
+
+
+def test_vllm_may_ask_ray_for_its_gpus_itself():
+    args = {"distributed_executor_backend": "ray", "pipeline_parallel_size": 2, "seed": 1}
+    tree = vllm_teacher(0, tensor_parallel_size=8, args=args) | {"fusion": {"gate": "frozen_target"}}
+    _, frozen = parse_config(tree).active_teachers
+    assert frozen.engine.args == {"distributed_executor_backend": "ray", "pipeline_parallel_size": 2}
+
+
+@pytest.mark.parametrize("stages", [0, "2", 1.5])
+def test_a_number_of_stages_that_is_none_is_refused(stages: object):
+    assert f"pipeline_parallel_size={stages!r}: expected a number" in refused(
+        vllm_teacher(1, args={"pipeline_parallel_size": stages})
+    )
+
+
+def test_vllm_replicas_that_share_a_gpu_share_its_memory():
+    says = (
+        "num_gpus=0.5 shares a GPU, of whose memory engine.gpu_memory_utilization=0.8 takes more; lower that"
+    )
+    assert says in refused(vllm_teacher(0.5))
+    parse_config(vllm_teacher(0.5, gpu_memory_utilization=0.45))
+
+
+def test_a_context_that_leaves_vllm_prompts_of_one_token_is_refused():
+    assert "max_context=2: vLLM generates one token after each prompt" in refused(vllm_teacher(1, 2))
+    parse_config(vllm_teacher(1, 3))
 
 
 def test_a_misspelt_key_names_the_one_that_was_meant():

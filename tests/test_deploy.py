@@ -163,6 +163,12 @@ RUN_BREACHES: list[tuple[str, str, str, str]] = [
         "/tmp/runs",
         "does not reach run.storage",
     ),
+    (
+        "ray_pods_are_let_out_to_the_object_store",
+        "s3://fusellm-runs",
+        "s3://fusellm-runs?endpoint_override=https://store:9000",
+        "is not let out to port 9000",
+    ),
 ]
 
 

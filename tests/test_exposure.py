@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -44,6 +45,19 @@ def test_a_dashboard_is_open_where_it_answers_without_a_token(dashboard: tuple[s
 
 def test_a_dashboard_that_cannot_be_reached_is_not_called_open():
     assert not is_open("http://127.0.0.1:9")
+
+
+def test_what_answers_and_is_no_dashboard_is_not_called_open():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1024)
+                connection.sendall(b"no HTTP\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        assert not is_open(f"http://127.0.0.1:{server.getsockname()[1]}")
 
 
 def test_a_cluster_that_asks_for_no_token_is_warned_of():

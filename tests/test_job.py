@@ -158,9 +158,33 @@ def test_check_warns_only_of_a_dashboard_that_answers_without_a_token(ray_head: 
     assert not is_open(ray_head.dashboard)
 
 
+def test_check_with_a_wrong_token_says_so(ray_head: Head, folder: Path):
+    command = [sys.executable, "-m", "fusellm_ray.cli", "check", "run.yaml"]
+    environment = ray_head.environment | {"RAY_AUTH_TOKEN": "0" * 64}
+    checked = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=folder, timeout=300
+    )
+    assert checked.returncode == 1
+    assert "ClusterError: RAY_ADDRESS=" in checked.stderr
+    assert "Traceback" not in checked.stderr
+
+
 def test_a_jobs_log_has_a_line_a_step_while_it_runs(live: Job):
     match = live.wait_for(r"step 3/1000000  loss \d+\.\d+ .*wins left \d+% right \d+%")
     assert live.client.poll() is None, match
+
+
+def test_every_role_gives_ray_its_name_for_the_log(ray_head: Head, live: Job):
+    logs = (ray_head.folder / "session_latest" / "logs").glob("worker-*.err")
+    named = {line for log in logs for line in log.read_text().splitlines() if line.startswith(":actor_name:")}
+    wanted = {
+        "pools of left, right",
+        "teacher left, replica 0",
+        "teacher right, replica 0",
+        "rank 0",
+        "rank 1",
+    }
+    assert named >= {f":actor_name:{name}" for name in wanted}
 
 
 def status(head: Head, *args: str) -> str:

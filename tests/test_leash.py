@@ -24,6 +24,14 @@ def wait_for_ever(writer: Connection) -> None:
         time.sleep(600)
 
 
+def wait_for_ever_with_a_worker(writer: Connection) -> None:
+    """As an engine core whose workers load their weights."""
+    with on_leash(writer):
+        worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        print(os.getpid(), worker.pid, flush=True)
+        time.sleep(600)
+
+
 def fail(writer: Connection) -> None:
     with on_leash(writer):
         try:
@@ -49,14 +57,15 @@ def is_gone(pid: int, within_s: float) -> bool:
     return True
 
 
-def test_child_ends_when_its_parent_is_killed() -> None:
+def test_child_and_all_it_started_end_when_its_parent_is_killed() -> None:
     parent = subprocess.Popen([sys.executable, "-m", "tests.test_leash"], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
-    child = int(parent.stdout.readline())
-    assert psutil.pid_exists(child)
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(pids) == 2
+    assert all(map(psutil.pid_exists, pids))
     parent.kill()
     parent.wait()
-    assert is_gone(child, within_s=20)
+    assert all(is_gone(pid, within_s=20) for pid in pids)
 
 
 def test_failed_child_reports_its_error_and_where_it_came_from() -> None:
@@ -93,5 +102,5 @@ def test_stop_ends_a_child_that_does_not_end_by_itself(monkeypatch) -> None:
 
 
 if __name__ == "__main__":
-    print(start(wait_for_ever)[1].pid, flush=True)
+    start(wait_for_ever_with_a_worker)
     time.sleep(600)

@@ -1,6 +1,10 @@
 """Loading refuses what is unsafe or absent; structure checks accept sound architectures, refuse others."""
 
+import contextlib
+import http.server
 import itertools
+import json
+import threading
 import time
 
 import pytest
@@ -8,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fusellm_ray.config import ModelConfig, TeacherConfig
-from fusellm_ray.errors import ModelError
+from fusellm_ray.corpus.tokens import ByteTokenizer
+from fusellm_ray.errors import ModelError, TokenizerError
 from fusellm_ray.models import (
     HeadedModel,
     build_on_meta,
@@ -18,6 +23,7 @@ from fusellm_ray.models import (
     hidden_states,
     lm_head,
     load_causal_lm,
+    load_hf_tokenizer,
     model_facts,
 )
 from tests.models import tiny_model
@@ -106,6 +112,15 @@ def test_a_teacher_without_a_stated_context_needs_one_in_its_config(tmp_path):
     assert model_facts(TeacherConfig(name="b", model=model, max_context=64)).max_context == 64
 
 
+def test_a_context_beyond_what_the_config_states_is_refused(tmp_path):
+    model = str(tiny_model("llama", 97, tmp_path))
+    with pytest.raises(
+        ModelError, match=r"teacher t: max_context=129 exceeds what the config of .* states \(128\)"
+    ):
+        model_facts(TeacherConfig(name="t", model=model, max_context=129))
+    assert model_facts(TeacherConfig(name="t", model=model, max_context=127)).max_context == 127
+
+
 def test_a_skeleton_takes_no_memory_and_has_the_same_parameters(tmp_path):
     folder = tiny_model("qwen2", 97, tmp_path)
     skeleton = build_on_meta(ModelConfig(model=str(folder)))
@@ -129,6 +144,47 @@ def test_a_folder_may_be_given_relative_to_home(tmp_path, monkeypatch):
     )
 
 
+OWN_CODE = """
+from pathlib import Path
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+Path({marker!r}).touch()
+class OwnConfig(PretrainedConfig):
+    model_type = "own"
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+OWN = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+
+
+@pytest.mark.parametrize("model_type", ["own", "llama"])
+@pytest.mark.parametrize("read", [model_facts, build_on_meta, load_hf_tokenizer, ByteTokenizer.of_model])
+def test_code_that_ships_with_a_model_does_not_run_unless_it_is_trusted(tmp_path, read, model_type):
+    folder, marker = tmp_path / "model", tmp_path / "it-ran"
+    folder.mkdir()
+    (folder / "model.safetensors").touch()
+    (folder / "own.py").write_text(OWN_CODE.format(marker=str(marker)))
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type, "auto_map": OWN}))
+    own_tokenizer = {"auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own_tokenizer))
+    with contextlib.suppress(ModelError, TokenizerError):  # of a known type, it is loaded without that code
+        read(ModelConfig(model=str(folder)))
+    assert not marker.exists()
+    with contextlib.suppress(ModelError, TokenizerError):  # there is no more to it
+        read(ModelConfig(model=str(folder), trust_remote_code=True))
+    assert marker.exists()
+
+
+def test_a_model_that_needs_its_own_code_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": OWN}))
+    with pytest.raises(
+        ModelError, match="ships its own code: read that code, then set trust_remote_code: true"
+    ):
+        model_facts(ModelConfig(model=str(tmp_path)))
+
+
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(ModelError, match="no such folder"):
         load(tmp_path / "absent")
@@ -145,6 +201,46 @@ def test_pickled_weights_are_refused(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"\.bin.*never loaded.*save_pretrained"):
         load(tmp_path)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that lists files of any model, and has none of them."""
+    files = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):  # http.server's names
+            self.send_error(404)
+
+        def do_GET(self):
+            if not self.path.startswith("/api/models/"):
+                return self.send_error(404)
+            self.send_response(200)
+            self.end_headers()
+            listed = [{"rfilename": name} for name in files]
+            self.wfile.write(json.dumps({"id": "some/model", "siblings": listed}).encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        yield files
+        server.shutdown()
+
+
+def test_a_hub_id_with_pickled_weights_alone_is_refused_before_anything_is_loaded(hub):
+    hub += ["config.json", "pytorch_model.bin"]
+    with pytest.raises(
+        ModelError, match=r"some/model@v1: has no \*\.safetensors file on the hub; pickled.*convert"
+    ):
+        model_facts(ModelConfig(model="some/model", revision="v1"))
+    with pytest.raises(ModelError, match="cannot be loaded"):  # a tokenizer needs no weights
+        load_hf_tokenizer(ModelConfig(model="some/model"))
+    hub += ["model-00001-of-00002.safetensors"]
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        model_facts(ModelConfig(model="some/model"))
 
 
 def test_a_config_that_is_no_language_model_is_refused(tmp_path):

@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
+import yaml
 
 from fusellm_ray.config import Config, Resources
 from fusellm_ray.errors import ClusterError
 from fusellm_ray.plan import require_resources
-from fusellm_ray.stream.memory import NO_DISK_ENVIRONMENT, DiskWatch, refuse_disk, ways_to_disk
+from fusellm_ray.stream.memory import NO_DISK_ENVIRONMENT, DiskWatch, Raylet, read_raylet, ways_to_disk
 from fusellm_ray.teachers.service import stop_pools, wait_ready
 from fusellm_ray.teachers.supervisor import PoolSupervisor
+from tests.runs import build_run
 
 ON_A_CLUSTER_LIKE_RAYS_DEFAULT = """
+import sys
 import numpy, ray
+from fusellm_ray.config import load_config
 from fusellm_ray.errors import ClusterError
-from fusellm_ray.stream.memory import DiskWatch, refuse_disk
-ray.init(address="local", num_cpus=1, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False)
+from fusellm_ray.job import run_job
+from fusellm_ray.stream.memory import DiskWatch
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False,
+         object_store_memory=80 << 20, _plasma_directory=sys.argv[3])
 try:
-    refuse_disk()
+    run_job(load_config(sys.argv[1]))
 except ClusterError as error:
     print(error)
+print("finished:", run_job(load_config(sys.argv[2])).is_finished)
 watch = DiskWatch()
 kept = [ray.put(numpy.zeros(16 << 20, numpy.uint8)) for _ in range(10)]
 print("written:", watch.look())
@@ -86,7 +97,9 @@ def test_custom_resources_that_ray_would_refuse_are_refused(custom: dict[str, fl
 
 def test_labels_that_no_node_has_are_missing_at_the_start(ray_session: None) -> None:
     assert require_resources(run_config()) is None
-    with pytest.raises(ClusterError, match="teacher placed: no node with zone=moon that holds a replica"):
+    with pytest.raises(
+        ClusterError, match=r"teacher placed: asked 1 × \(CPU 0\.1\) on nodes with zone=moon, room for 0"
+    ):
         require_resources(run_config(labels={"zone": "moon"}))
     node = ray.nodes()[0]["Labels"]["ray.io/node-id"]
     assert require_resources(run_config(labels={"ray.io/node-id": node})) is None
@@ -109,35 +122,99 @@ def test_replicas_wait_for_a_node_with_their_labels(ray_session: None) -> None:
 
 
 def test_the_two_ways_to_disk_are_found_wherever_they_are_set() -> None:
-    assert len(ways_to_disk({}, {})) == 2
-    assert ways_to_disk({}, NO_DISK_ENVIRONMENT) == []
+    assert len(ways_to_disk({}, Raylet({}))) == 2
+    assert ways_to_disk({}, Raylet(NO_DISK_ENVIRONMENT)) == []
     off = {"automatic_object_spilling_enabled": False, "local_fs_capacity_threshold": 0.0}
-    assert ways_to_disk(off, {}) == []
-    (way,) = ways_to_disk({}, {"RAY_automatic_object_spilling_enabled": "false"})
+    assert ways_to_disk(off, Raylet({})) == []
+    (way,) = ways_to_disk({}, Raylet({"RAY_automatic_object_spilling_enabled": "false"}))
     assert way == "overflow goes to files (local_fs_capacity_threshold=0.95)"
     # Ray itself writes the first one into the cluster's config, whatever the environment says.
-    assert ways_to_disk({"automatic_object_spilling_enabled": True}, NO_DISK_ENVIRONMENT) == []
+    assert ways_to_disk({"automatic_object_spilling_enabled": True}, Raylet(NO_DISK_ENVIRONMENT)) == []
 
 
-def test_a_cluster_that_keeps_objects_in_memory_passes_and_writes_nothing(ray_session: None) -> None:
-    watch = DiskWatch()
-    refuse_disk()
+def test_an_object_store_that_is_not_in_shared_memory_is_a_way_to_disk() -> None:
+    (way,) = ways_to_disk({}, Raylet(NO_DISK_ENVIRONMENT, store="/tmp/ray", filesystem="ext4"))
+    assert way == "the object store is on disk (/tmp/ray is ext4)"
+    assert ways_to_disk({}, Raylet(NO_DISK_ENVIRONMENT, store="/dev/shm", filesystem="tmpfs")) == []
+    assert ways_to_disk({}, Raylet(NO_DISK_ENVIRONMENT)) == []  # not known
+
+
+def test_a_cluster_that_keeps_objects_in_memory_passes_and_writes_nothing(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_automatic_object_spilling_enabled", "1")  # here, not where Ray runs
+    watch = DiskWatch(refuse=True)
     kept = [ray.put(bytes(1 << 20)) for _ in range(8)]
     assert watch.look() == 0
     del kept
 
 
-def test_a_cluster_that_spills_is_refused_and_what_it_writes_is_counted() -> None:
+def test_a_job_that_changes_its_workers_environment_does_not_change_what_is_read(ray_session: None) -> None:
+    changed = {"env_vars": dict.fromkeys(NO_DISK_ENVIRONMENT, "1")}
+    raylet = ray.get(ray.remote(read_raylet).options(num_cpus=0, runtime_env=changed).remote())
+    assert raylet.is_own
+    assert raylet.environment == NO_DISK_ENVIRONMENT
+    if psutil.LINUX:
+        assert raylet.store
+        assert raylet.filesystem
+
+
+def test_where_no_raylet_can_be_read_it_is_said() -> None:
+    raylet = read_raylet()
+    assert not raylet.is_own
+    assert raylet.store is None
+
+
+def poll_for(seconds: float, watch: DiskWatch) -> None:
+    give_up = time.monotonic() + seconds
+    while time.monotonic() < give_up:
+        watch.poll()
+        time.sleep(0.05)
+
+
+def test_a_silent_node_is_asked_again_then_refused_and_is_no_zero(
+    ray_session: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    (raylet,) = [child for child in psutil.Process().children() if child.name() == "raylet"]
+    raylet.suspend()
+    try:
+        watch = DiskWatch(refuse=True, every_s=0.0, patience_s=0.5)
+        assert "did not say whether it writes objects to disk; it is asked again" in caplog.text
+        assert watch.count() is None
+        began = time.monotonic()
+        watch.poll()
+        assert time.monotonic() - began < 0.4
+        with pytest.raises(ClusterError, match=r"node [\d.]+ \(\w{8}\): asked twice.*allow_spilling: true"):
+            poll_for(30, watch)
+    finally:
+        raylet.resume()
+    assert DiskWatch(refuse=True).count() == 0
+
+
+def test_a_run_on_a_cluster_that_spills_is_refused_unless_that_is_allowed_and_then_counts(
+    tmp_path: Path, tokenizer_folders: dict[str, Path]
+) -> None:
+    tree = build_run(tmp_path, tokenizer_folders, training={"steps": 1}, trainer={"workers": 1})
+    tree |= {"teachers": [], "objective": {"clm_weight": 1.0}, "fusion": {"rule": "none"}}
+    for name, allow_spilling in {"refused": False, "allowed": True}.items():
+        config = tree | {"run": tree["run"] | {"name": name}, "stream": {"allow_spilling": allow_spilling}}
+        (tmp_path / name).write_text(yaml.safe_dump(config))
     environment = {k: v for k, v in os.environ.items() if k not in (*NO_DISK_ENVIRONMENT, "RAY_ADDRESS")}
     done = subprocess.run(
-        [sys.executable, "-c", ON_A_CLUSTER_LIKE_RAYS_DEFAULT],
+        [sys.executable, "-c", ON_A_CLUSTER_LIKE_RAYS_DEFAULT, "refused", "allowed", str(tmp_path)],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         env=environment,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert "object spilling is on" in done.stdout
+    assert re.search(r"node [\d.]+ \(\w{8}\): object spilling is on", done.stdout)
     assert "overflow goes to files" in done.stdout
+    if psutil.LINUX:
+        kind = subprocess.check_output(["stat", "-f", "-c", "%T", tmp_path], text=True).strip()
+        # This process has started it: it is told, not refused.
+        assert (f"which lies on disk ({tmp_path})" in done.stderr) == (kind != "tmpfs")
     assert "RAY_automatic_object_spilling_enabled=0" in done.stdout
+    assert "finished: True" in done.stdout
     assert int(done.stdout.split("written:")[1]) > 64 << 20

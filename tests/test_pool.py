@@ -23,6 +23,7 @@ WELL = Heartbeat(
     engine_s=0.0,
     cache_hits=0,
     cache_misses=0,
+    problem=None,
 )
 
 
@@ -32,6 +33,7 @@ class Replica:
     def __init__(self) -> None:
         self.restarts = 0
         self.failures = 0
+        self.problem: str | None = None
         self.fingerprint = "f"
         self.is_down = False
         self.is_frozen = False
@@ -51,7 +53,7 @@ class Replica:
     async def answer_heartbeat(self) -> Heartbeat:
         while self.is_frozen:
             await asyncio.sleep(0.01)
-        return replace(WELL, incarnation=str(self.restarts), failures=self.failures)
+        return replace(WELL, incarnation=str(self.restarts), failures=self.failures, problem=self.problem)
 
 
 @pytest.fixture
@@ -59,13 +61,13 @@ def replicas(monkeypatch: pytest.MonkeyPatch) -> list[Replica]:
     """Those that pools have spawned; killing one restarts it."""
     spawned: list[Replica] = []
 
-    def spawn(pool: TeacherPool) -> Replica:
+    def spawn(pool: TeacherPool, number: int) -> Replica:
         spawned.append(Replica())
         return spawned[-1]
 
     def kill(replica: Replica, no_restart: bool = True) -> None:
         replica.restarts += 1
-        replica.failures = 0
+        replica.failures, replica.problem = 0, None
         replica.is_down |= no_restart
 
     monkeypatch.setattr(TeacherPool, "_spawn", spawn)
@@ -95,6 +97,25 @@ def test_a_replica_that_fails_every_request_gets_a_new_process(replicas: list[Re
         replicas[0].failures = 4
         await until(lambda: replicas[0].restarts == 1)
         await until(lambda: pool._members[0].state == "ready")
+        assert (await pool.status()).restarts == 1
+
+    asyncio.run(run())
+
+
+def test_a_replica_whose_engine_died_gets_a_new_process_at_once_and_status_says_why(
+    replicas: list[Replica],
+) -> None:
+    async def run() -> None:
+        pool = make_pool(2)
+        await until(lambda: {m.state for m in pool._members.values()} == {"ready"})
+        replicas[1].is_down = True  # it takes its time to come back
+        replicas[1].problem = "its engine died; out of memory"
+        await until(lambda: replicas[1].restarts == 1)
+        assert (await pool.status()).problems == ("replica 1: its engine died; out of memory",)
+        assert list((await pool.table()).handles) == [0]
+        replicas[1].is_down = False
+        await until(lambda: pool._members[1].state == "ready")
+        assert (await pool.status()).problems == ()
         assert (await pool.status()).restarts == 1
 
     asyncio.run(run())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import pytest
@@ -47,3 +48,10 @@ def test_structured_lines_are_objects_that_say_their_role_and_run(capsys: pytest
     assert [line["event"] for line in lines] == ["start of teachers", "note", "step"]
     assert {(line["role"], line["run"]) for line in lines} == {("driver", "my-run")}
     assert lines[2] | STEP == lines[2]
+
+
+def test_a_figure_that_is_no_number_is_null_in_structured_lines(capsys: pytest.CaptureFixture[str]):
+    with make_display("my-run", "json") as display:
+        display.show(STEP | {"loss": math.nan, "grad_norm": math.inf})
+    line = json.loads(capsys.readouterr().err, parse_constant=pytest.fail)
+    assert (line["loss"], line["grad_norm"], line["time/wait_share"]) == (None, None, 0.05)

@@ -116,6 +116,13 @@ def page(run_folder: Path) -> Path:
     return write_report(str(run_folder), run_folder.parent / "page.html")
 
 
+def test_a_line_cut_off_does_not_cost_the_page(run_folder: Path, tmp_path: Path):
+    first, *rest = (run_folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join([first, '{"event": "st\n', *rest]))
+    text = write_report(str(tmp_path), tmp_path / "page.html").read_text()
+    assert "<dt>unreadable lines of the record</dt><dd>1</dd>" in text
+
+
 def browse(page: Path, width: int, *flags: str) -> tuple[dict[str, Any], str]:
     """What a browser shows at this width, measured in the page; and what it wrote to its console."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusellm_ray.config import CorpusConfig
-from fusellm_ray.corpus.source import Corpus, Document, permuted
+from fusellm_ray.corpus import source as source_module
+from fusellm_ray.corpus.source import Corpus, Document, StreamSource, permuted
 from fusellm_ray.errors import CorpusError
 
 pytestmark = pytest.mark.usefixtures("arrow_cache")
@@ -145,6 +146,38 @@ def test_a_source_with_fewer_documents_than_shards_wraps(tmp_path: Path, streami
     corpus = opened({"path": jsonl(tmp_path / "a.jsonl", ["a", "b", "c"]), "streaming": streaming})
     for shard in range(8):
         assert texts_of(corpus.documents(shard, 8), 3) == ["abc"[shard % 3]] * 3
+
+
+@pytest.mark.parametrize("kept_chars", [1 << 20, 0])
+def test_a_stream_is_read_once_for_all_shards_that_keep_together(
+    tmp_path: Path, kept_chars: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_module, "_WINDOW_CHARS", kept_chars)
+    read: list[int] = []
+
+    class Counted(StreamSource):
+        def records(self, start: int) -> Iterator[tuple[str, str]]:
+            for record in super().records(start):
+                read.append(start)
+                yield record
+
+    path = jsonl(tmp_path / "a.jsonl", [f"d{i}" for i in range(40)])
+    config = CorpusConfig.model_validate({"sources": [{"name": "s", "path": path, "streaming": True}]})
+    source = Counted(config.sources[0])
+    corpus = Corpus([source], shuffle=False, seed=0)
+    readers = [corpus.documents(shard, 4) for shard in range(4)]
+    read.clear()
+    for turn in range(15):  # ten documents a shard and epoch
+        for shard in (2, 0, 3, 1):
+            assert next(readers[shard]).text == f"d{(4 * turn + shard) % 40}"
+    if kept_chars:
+        assert len(read) == 60
+    read.clear()
+    resumed = [corpus.documents(shard, 4, reader.cursor()) for shard, reader in enumerate(readers)]
+    del readers
+    for turn in range(15, 22):
+        for shard in range(4):
+            assert next(resumed[shard]).text == f"d{(4 * turn + shard) % 40}"
 
 
 def test_each_epoch_has_its_own_order_and_every_document_once(tmp_path: Path) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,10 +65,56 @@ def test_a_line_that_is_being_written_is_not_read_yet(tmp_path: Path):
 
 
 @pytest.mark.parametrize("text", ["{\n", "3\n", '{"a": 1}\n'])
-def test_a_file_that_is_no_record_is_refused_with_the_line(tmp_path: Path, text: str):
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(step(1)) + "\n" + text)
-    with pytest.raises(ConfigError, match="line 2"):
+def test_a_file_without_any_record_is_refused_with_its_first_line(tmp_path: Path, text: str):
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(ConfigError, match="line 1"):
         read_records(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "torn", [json.dumps(step(2))[:20].encode(), b"\x00\xff", json.dumps(step(2)).encode()]
+)
+def test_a_line_cut_off_costs_that_record_only_and_is_counted(tmp_path: Path, torn: bytes):
+    (tmp_path / "metrics.jsonl").write_bytes(json.dumps(step(1)).encode() + b"\n" + torn)
+    with RecordLog(str(tmp_path)) as log:
+        log.write(step(3))
+        log.write(step(4))
+    history = History.of(read_records(str(tmp_path)))
+    is_whole = torn.endswith(b"}")  # only its end of line was missing
+    assert [r["step"] for r in history.steps] == ([1, 2, 3, 4] if is_whole else [1, 3, 4])
+    assert history.num_unreadable == (0 if is_whole else 1)
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(render("my-run", history, 105.0))
+    assert ("lines of the record that cannot be read: 1" in capture.get()) is not is_whole
+
+
+def test_a_disk_without_room_costs_records_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    path = tmp_path / "metrics.jsonl"
+    with RecordLog(str(tmp_path)) as log:
+        log.write(step(1))
+        with a_file_may_hold(path.stat().st_size + 20):
+            log.write(step(2))
+            log.write(step(3))
+        log.write(step(4))
+    assert [r.get("step") for r in read_records(str(tmp_path))] == [1, None, 4]
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2
+    assert "goes on without being recorded" in told[0]
+    assert "2 records are missing" in told[1]
+
+
+@contextlib.contextmanager
+def a_file_may_hold(size: int) -> Iterator[None]:
+    """Lets this process's files grow to so many bytes, as a full disk would."""
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, usual[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_folder_without_a_record_is_refused(tmp_path: Path):
@@ -113,6 +162,31 @@ def test_a_run_is_in_the_state_that_its_latest_records_say(
 def test_long_steps_are_not_taken_for_silence():
     slow = {"time/step_s": 60.0}
     assert state_of(History.of([start(), step(1, **slow)]), 700.0).word == "training"
+
+
+def pools(time: float, **ready: int) -> dict[str, Any]:
+    states = {
+        name: {"ready": count, "wanted": 1, "queued_tokens": 0, "restarts": 0, "problems": []}
+        for name, count in ready.items()
+    }
+    return {"time": time, "event": "teachers", "pools": states}
+
+
+@pytest.mark.parametrize(
+    ("ready", "text"),
+    [
+        ({"left": 1, "right": 0}, "waiting: ranks got no further for 8 min 19 s; teacher right (0 of 1 replicas"),
+        ({"left": 1, "right": 1}, "waiting: ranks got no further for 8 min 19 s; its teachers are ready"),
+    ],
+)  # fmt: skip
+def test_a_run_without_progress_whose_driver_lives_waits_for_a_teacher(ready: dict[str, int], text: str):
+    state = state_of(History.of([start(), step(1), pools(595.0, **ready)]), 600.0)
+    assert state.word == "waiting"
+    assert state.text.startswith(text)
+    assert "left" not in state.text.replace("teacher left", "")  # no ETA
+    assert state_of(History.of([start(), step(1), pools(125.0, **ready)]), 130.0).word == "training"
+    after_evaluation = {"time": 590.0, "event": "evaluation", "step": 1}
+    assert state_of(History.of([start(), step(1), after_evaluation]), 600.0).word == "training"
 
 
 def test_teachers_are_shown_with_their_pool_and_the_means_of_their_figures():

@@ -20,6 +20,7 @@ from fusellm_ray.config import Config, StreamConfig
 from fusellm_ray.corpus.rows import Segment
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.errors import AlignmentError, ClusterError, ConfigError, FrameError, TeacherLostError
+from fusellm_ray.observe.progress import Display
 from fusellm_ray.stream.address import TeacherAddress
 from fusellm_ray.stream.client import TeacherStream
 from fusellm_ray.stream.frame import decode_frame, encode_request
@@ -448,18 +449,37 @@ def test_more_candidates_than_tokens_are_refused_before_anything_is_scored(model
         pass
 
 
+class Said(Display):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.states: list[dict[str, str]] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def teachers(self, states: dict[str, str]) -> None:
+        self.states.append(states)
+
+
 def test_what_the_cluster_lacks_is_said_instead_of_waited_for(models: dict[str, Path]) -> None:
     pools = start_pools(
         run_config(models, {**simulated(models), "resources": {"num_cpus": 0.5, "num_gpus": 3}})
     )
-    said: list[dict[str, str]] = []
+    display = Said()
     try:
         ray.get(pools["sim"].status.remote("sim"))
         with pytest.raises(ClusterError, match=r"each asks for CPU 0\.5, GPU 3\. The cluster has CPU 8"):
-            wait_ready(pools, 1, on_progress=said.append)
+            wait_ready(pools, 1, display, slow_s=0.2)
     finally:
         stop_pools(pools)
-    assert {"sim": "0/1 replicas ready, each asks for CPU 0.5, GPU 3"} in said
+    waiting = "0/1 replicas ready, each asks for CPU 0.5, GPU 3"
+    assert {"sim": waiting} in display.states
+    (note,) = display.notes
+    assert note.startswith(f"teachers are not up yet (teacher sim: {waiting}). The cluster has CPU 8")
+    assert "free: " in note
+    assert note.endswith("Giving up after 1 s (run.start_timeout_s)")
 
 
 def test_stopping_leaves_no_process(models: dict[str, Path]) -> None:

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, linear
 from fusellm_ray.config import LoraConfig, ModelConfig, ObjectiveConfig, TargetConfig, TrainingConfig
 from fusellm_ray.errors import ConfigError
 from fusellm_ray.fusion.loss import objective
-from fusellm_ray.models import HeadedModel, hidden_states, lm_head, load_causal_lm
+from fusellm_ray.models import HeadedModel, build_on_meta, hidden_states, lm_head, load_causal_lm
 from fusellm_ray.target.model import (
     add_adapters,
     build_target,
@@ -247,6 +247,25 @@ def test_lora_without_peft_says_what_to_install(tmp_path, monkeypatch):
     model = load_causal_lm(ModelConfig(model=str(tiny_model("llama", 97, tmp_path))), dtype=torch.float32)
     with pytest.raises(ConfigError, match="pip install peft"):
         add_adapters(model, LoraConfig())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "wanted", "says"),
+    [
+        ("llama", ["q_proj", "v_pro"], "'v_pro' is no module of LlamaForCausalLM; did you mean 'v_proj'?"),
+        ("gpt2", ["key"], "'key' is no module of GPT2LMHeadModel; it has c_attn, c_fc, c_proj"),
+        ("llama", ["q_proj", "lm_head"], "'lm_head' is the LM head of LlamaForCausalLM or shares its weight"),
+        ("llama_tied", ["embed_tokens"], "'embed_tokens' is the LM head of LlamaForCausalLM or shares its"),
+        ("llama", ["self_attn"], "PEFT refuses it: Target module LlamaAttention"),
+        ("llama", [], "PEFT refuses it: No `target_modules` passed"),
+    ],
+)
+def test_modules_that_no_adapter_would_train_are_refused(tmp_path, architecture, wanted, says):
+    pytest.importorskip("peft")
+    model = build_on_meta(TargetConfig(model=str(tiny_model(architecture, 97, tmp_path))))
+    with pytest.raises(ConfigError) as refused:
+        add_adapters(model, LoraConfig(target_modules=wanted))
+    assert says in str(refused.value)
 
 
 @pytest.fixture

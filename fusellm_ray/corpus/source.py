@@ -14,11 +14,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import datasets
 import numpy as np
@@ -30,6 +32,8 @@ from fusellm_ray.corpus.files import check_column, checked_text, find_files, rea
 from fusellm_ray.errors import CorpusError
 
 _SCAN_ROWS = 10_000
+_WINDOW_CHARS = 64 << 20
+"""Of a stream's records, kept for shards that have yet to take them."""
 _FEISTEL_ROUNDS = 8
 _MASK64 = (1 << 64) - 1
 
@@ -241,12 +245,15 @@ def _mixed(value: int, number: int) -> int:
 class StreamSource:
     """Records that can only be read in order.
 
-    Each shard reads the whole stream and takes its documents from it; a resume reads again what it skips.
+    A process reads them once for all of its shards, each of which takes its documents from them; a resume reads
+    again what it skips.
     """
 
     def __init__(self, config: SourceConfig) -> None:
         self.name, self.weight = config.name, config.weight
         self._config = config
+        self._shards: WeakSet[_StreamShard] = WeakSet()
+        self._windows: dict[int, _Window] = {}  # by epoch
         self.identity: list[Any] = [_settings(config)]
         if config.path is not None:
             files, self._format = find_files(config.path, config.format)
@@ -271,7 +278,52 @@ class StreamSource:
     def shard(
         self, shard: int, num_shards: int, seed: int | None, state: Mapping[str, int] | None
     ) -> _StreamShard:
-        return _StreamShard(self, shard, num_shards, state)
+        opened = _StreamShard(self, shard, num_shards, state)
+        self._shards.add(opened)
+        return opened
+
+    def next_record(self, shard: _StreamShard) -> tuple[str, str] | None:
+        """The shard's next record; None at the end."""
+        epoch = shard.state["epoch"]
+        states = [each.state for each in self._shards if each.state["epoch"] <= epoch]
+        needed = min(state["records"] if state["epoch"] == epoch else 0 for state in states)
+        if epoch not in self._windows:
+            self._windows[epoch] = _Window(self.records(needed), needed)
+            for ended in [e for e in self._windows if e < min(state["epoch"] for state in states)]:
+                del self._windows[ended]
+        window = self._windows[epoch]
+        window.forget(needed)
+        index = shard.state["records"]
+        if index < window.first:
+            shard.own_records = self.records(index)
+            return next(shard.own_records, None)
+        return window.record(index)
+
+
+class _Window:
+    """The records of one pass over a stream that some shards have yet to take."""
+
+    def __init__(self, records: Iterator[tuple[str, str]], first: int) -> None:
+        self._records = records
+        self._kept: deque[tuple[str, str]] = deque()
+        self._chars = 0
+        self.first = first
+
+    def record(self, index: int) -> tuple[str, str] | None:
+        """Of `first` and later ones; None behind the last."""
+        while index >= self.first + len(self._kept):
+            record = next(self._records, None)
+            if record is None:
+                return None
+            self._kept.append(record)
+            self._chars += len(record[0])
+        return self._kept[index - self.first]
+
+    def forget(self, before: int) -> None:
+        """Drop records before this index, and more where shards are so far apart that too many are kept."""
+        while self._kept and (self.first < before or self._chars > _WINDOW_CHARS):
+            self._chars -= len(self._kept.popleft()[0])
+            self.first += 1
 
 
 class _StreamShard:
@@ -283,13 +335,15 @@ class _StreamShard:
         self._source, self._shard, self._num_shards = source, shard, num_shards
         start = {"epoch": 0, "records": 0, "next": 0, "bytes": 0, "empty": 0, "count": 0}
         self.state = dict(state or start)
-        self._records = source.records(self.state["records"])
+        self.own_records: Iterator[tuple[str, str]] | None = None
+        """Of a shard that fell behind what is kept for all."""
 
     def next(self) -> tuple[str, str, int]:
         state = self.state
         while True:
             stride = min(state["count"] or self._num_shards, self._num_shards)
-            for text, name in self._records:
+            while record := self._next_record():
+                text, name = record
                 state["records"] += 1
                 if not text:
                     state["empty"] += 1
@@ -300,7 +354,12 @@ class _StreamShard:
             if not state["next"]:
                 raise CorpusError(f"source {self._source.name!r}: no document with any text")
             state.update(epoch=state["epoch"] + 1, count=state["next"], records=0, next=0)
-            self._records = self._source.records(0)
+            self.own_records = None
+
+    def _next_record(self) -> tuple[str, str] | None:
+        if self.own_records is not None:
+            return next(self.own_records, None)
+        return self._source.next_record(self)
 
 
 # ------------------------------------------------------------------------------------------ opening

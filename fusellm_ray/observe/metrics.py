@@ -5,6 +5,10 @@
     replica   fusellm_teacher_scored_tokens… what it answered
     pool      fusellm_teacher_replicas…      how it stands
 
+What a step has no figure for keeps its last value: a dropped teacher's win share falls to 0, its other figures stay.
+Teachers may serve many runs, so what replicas and pools count has no run: of two runs on one cluster that each start a
+teacher of one name, it is the sum.
+
 Where several processes of a teacher count the same, sum over them: each has series of its own (Ray adds WorkerId).
 """
 

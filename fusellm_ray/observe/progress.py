@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from typing import Any, Literal, Self
@@ -101,7 +102,12 @@ class _JsonLines(Display):
 
     def show(self, record: dict[str, Any]) -> None:
         known = {"time": round(time.time(), 3), "role": "driver", "run": self._run}
-        print(json.dumps(known | record), file=sys.stderr, flush=True)
+        # JSON has no NaN, which a skipped step's loss is.
+        line = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in (known | record).items()
+        }
+        print(json.dumps(line), file=sys.stderr, flush=True)
 
 
 class _Bars(Display):

@@ -20,7 +20,7 @@ from fusellm_ray.observe.records import History
 _RECENT = 20
 """Steps over which speed is measured."""
 _STALE_S = 120.0
-"""Silence after which a run is called stale; longer where its steps are."""
+"""Silence after which a run is called stale, or to wait for a teacher; longer where its steps are."""
 _WATCH_S = 2.0
 
 
@@ -29,7 +29,7 @@ class State:
     """In a word and a sentence."""
 
     word: str
-    """starting, training, finished, stopped, failed or stale."""
+    """starting, training, waiting, finished, stopped, failed or stale."""
     text: str
 
     @property
@@ -55,10 +55,16 @@ def state_of(history: History, now: float) -> State:
         return State("stopped", f"stopped at step {step} ({reason}); the same command resumes it")
     seconds = step_seconds(history)
     age = now - history.last.get("time", now)
-    if age > max(_STALE_S, _RECENT * seconds):
+    patience = max(_STALE_S, _RECENT * seconds)
+    if age > patience:
         return State(
             "stale",
             f"stale: no record for {duration(age)}; it was killed, or waits for the cluster or a teacher",
+        )
+    since_ranks = now - history.last_of_ranks.get("time", now)
+    if since_ranks > patience:
+        return State(
+            "waiting", f"waiting: ranks got no further for {duration(since_ranks)}; {_awaited(history)}"
         )
     if not history.steps:
         return State("starting", "starting: no step yet")
@@ -69,6 +75,17 @@ def state_of(history: History, now: float) -> State:
         f"training: step {at['step']} of {at['steps']} ({at['step'] / at['steps']:.1%}), "
         f"{seconds:.2g} s a step, about {duration(left)} left",
     )
+
+
+def _awaited(history: History) -> str:
+    """For whom a run waits that its driver still watches."""
+    pools: dict[str, Any] = history.teachers[-1]["pools"] if history.teachers else {}
+    short = [
+        f"teacher {name} ({pool['ready']} of {pool['wanted']} replicas ready)"
+        for name, pool in pools.items()
+        if pool["ready"] < max(1, pool["wanted"])
+    ]
+    return ", ".join(short) or "its teachers are ready: see the log of the run"
 
 
 def step_seconds(history: History) -> float:
@@ -89,9 +106,13 @@ def duration(seconds: float) -> str:
 def render(run: str, history: History, now: float) -> RenderableType:
     """The whole status."""
     state = state_of(history, now)
-    colour = {"training": "green", "finished": "green", "stale": "yellow", "failed": "red"}.get(
-        state.word, ""
-    )
+    colour = {
+        "training": "green",
+        "finished": "green",
+        "waiting": "yellow",
+        "stale": "yellow",
+        "failed": "red",
+    }.get(state.word, "")
     parts: list[RenderableType] = [Text.assemble((run, "bold"), "  ", (state.text, colour))]
     if history.steps:
         parts.append(Text(step_line(history.steps[-1])))
@@ -108,6 +129,10 @@ def render(run: str, history: History, now: float) -> RenderableType:
             if key.startswith("bits_per_byte/")
         )
         parts.append(Text(f"held-out bits per byte at step {latest['step']}: {scores}"))
+    if history.num_unreadable:
+        parts.append(
+            Text(f"lines of the record that cannot be read: {history.num_unreadable}", style="yellow")
+        )
     if not state.is_over and "time" in history.last:
         ages = [f"last record {duration(now - history.last['time'])} ago"]
         ages += [f"last step {duration(now - at['time'])} ago" for at in history.steps[-1:]]

@@ -73,6 +73,8 @@ def _header(run: str, history: History) -> str:
         facts["waiting for teachers"] = f"{mean_of(history.steps, 'time/wait_share'):.1%}"
         facts["time in steps"] = duration(math.fsum(r["time/step_s"] for r in history.steps))
         facts["steps skipped"] = str(last["skipped_steps"])
+    if history.num_unreadable:
+        facts["unreadable lines of the record"] = str(history.num_unreadable)
     cells = "".join(
         f"<div><dt>{name}</dt><dd>{html.escape(value)}</dd></div>" for name, value in facts.items()
     )

@@ -13,6 +13,7 @@ number of valid tokens of all ranks and micro-batches.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 from collections import Counter
@@ -73,11 +74,16 @@ def add_adapters(causal_lm: PreTrainedModel, config: LoraConfig) -> nn.Module:
 
     Returns:
         PEFT's wrapper around the same modules; only its `merge_and_unload` is of use here.
+
+    Raises:
+        ConfigError: PEFT is not installed, or `target_modules` names what is not there or cannot be adapted.
     """
     try:
         import peft
     except ImportError as error:
         raise ConfigError("target.lora needs PEFT, which is not installed: pip install peft") from error
+    if config.target_modules != "all-linear":
+        _check_target_modules(causal_lm, config.target_modules)
     alpha: Any = config.alpha  # a whole number by PEFT's annotation alone
     adapters = peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -88,12 +94,37 @@ def add_adapters(causal_lm: PreTrainedModel, config: LoraConfig) -> nn.Module:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # a run that starts again starts from the same adapters
-        wrapped = peft.get_peft_model(causal_lm, adapters)
+        try:
+            wrapped = peft.get_peft_model(causal_lm, adapters)
+        except ValueError as error:
+            raise ConfigError(f"target.lora: PEFT refuses it: {error}") from error
     causal_lm.eval()
     for name, module in causal_lm.named_modules():
         if name.endswith("lora_dropout"):
             module.train()
     return wrapped
+
+
+def _check_target_modules(causal_lm: PreTrainedModel, wanted: list[str]) -> None:
+    """Refuse what PEFT would leave out without a word, and what our objective would not train."""
+    modules = dict(causal_lm.named_modules())
+    where, architecture = "target.lora.target_modules", type(causal_lm).__name__
+    head = causal_lm.get_output_embeddings()
+    for name in wanted:
+        found = [module for at, module in modules.items() if f".{at}".endswith(f".{name}")]
+        if not found:
+            weights = {at: getattr(module, "weight", None) for at, module in modules.items()}
+            known = sorted(
+                {at.rpartition(".")[2] for at, w in weights.items() if w is not None and w.dim() == 2}
+            )
+            near = difflib.get_close_matches(name, known, n=1)
+            meant = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+            raise ConfigError(f"{where}: {name!r} is no module of {architecture}; {meant}")
+        if head is not None and any(getattr(module, "weight", None) is head.weight for module in found):
+            raise ConfigError(
+                f"{where}: {name!r} is the LM head of {architecture} or shares its weight, which the objective reads "
+                "without adapters; leave it out"
+            )
 
 
 def _shard(model: HeadedModel, config: TargetConfig, mesh: DeviceMesh) -> None:

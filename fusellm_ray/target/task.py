@@ -4,12 +4,14 @@ every start, so they wait until a rank is at work.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import ray
 import ray.train
+from ray._private import ray_constants
 from ray.actor import ActorHandle
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
@@ -34,7 +36,15 @@ def run_rank(spec: dict[str, Any]) -> None:
     """Be a rank; `spec` holds the `task`."""
     from fusellm_ray.target.worker import train_loop
 
+    _say_name(f"rank {ray.train.get_context().get_world_rank()}")
     train_loop(spec["task"])
+
+
+def _say_name(name: str) -> None:
+    """Have Ray put it in front of this process's log lines, as it does with the `repr` of actors that are ours."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.write(f"{ray_constants.LOG_PREFIX_ACTOR_NAME}{name}\n")
+        stream.flush()
 
 
 class RaiseLastingErrors(ray.train.UserCallback):

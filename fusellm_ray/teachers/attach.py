@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -18,6 +19,7 @@ from ray.exceptions import RayError
 
 from fusellm_ray.config import Config, TeacherConfig
 from fusellm_ray.errors import ClusterError, ConfigError, FuseLLMError
+from fusellm_ray.observe.progress import Display
 from fusellm_ray.stream.failures import cause_of, summary_of
 from fusellm_ray.teachers.identity import answer_settings, differences
 from fusellm_ray.teachers.report import Description, PoolStatus
@@ -26,6 +28,8 @@ from fusellm_ray.teachers.service import get_status, stop_pools, supervise, wait
 NAMESPACE = "fusellm_ray"
 _ANSWER_S = 10.0
 """Given to a pool to say how it stands."""
+_CONNECT_S = 10.0
+"""Given to a cluster to take a connection; Ray itself tries for a quarter of an hour."""
 _GONE_S = 30.0
 """Given to processes that were told to end."""
 
@@ -53,28 +57,31 @@ def running_cluster() -> Iterator[None]:
         ray.shutdown()
 
 
-def join_cluster(address: str) -> None:
-    """Become a driver of a running cluster.
+def join_cluster(address: str) -> str:
+    """Become a driver of a running cluster; returns its dashboard's HOST:PORT, or nothing.
 
     Raises:
         ClusterError: it does not answer, or not to this process.
     """
+    host, _, port = address.rpartition(":")
     try:
-        ray.init(address=address, log_to_driver=False)
-    except (ConnectionError, RuntimeError, RayError) as error:
+        if port.isdigit() and "/" not in host:  # else auto, ray://… or an error of Ray's
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+        return ray.init(address=address, log_to_driver=False).dashboard_url or ""
+    except (OSError, OverflowError, RuntimeError, ValueError, RayError) as error:
         raise ClusterError(f"RAY_ADDRESS={address}: there is no cluster to join: {error}") from error
 
 
 def bring_up(
     config: Config,
     target_tokenizer: str,
-    on_progress: Callable[[dict[str, str]], None] | None = None,
+    display: Display | None = None,
 ) -> dict[str, Description]:
     """Start the config's teachers, those that run already excepted, and wait until all are ready.
 
     Args:
         target_tokenizer: fingerprint of the target's; what a teacher says is aligned to one tokenizer.
-        on_progress: called with a line a teacher whenever one changes.
+        display: where progress goes.
 
     Raises:
         ConfigError: one of these names runs with other settings, or the config has no teachers.
@@ -89,7 +96,7 @@ def bring_up(
         for teacher in config.active_teachers:
             if pools[teacher.name] is None:
                 started[teacher.name] = _supervise_detached(config, teacher)
-        descriptions = wait_ready(pools | started, config.run.start_timeout_s, on_progress)
+        descriptions = wait_ready(pools | started, config.run.start_timeout_s, display)
         _refuse_differences(config, pools | started, target_tokenizer)
         return descriptions
     except BaseException:
@@ -107,11 +114,12 @@ def _supervise_detached(config: Config, teacher: TeacherConfig) -> Any:
         ) from error
 
 
-def attach(config: Config, target_tokenizer: str) -> dict[str, Any]:
+def attach(config: Config, target_tokenizer: str, display: Display | None = None) -> dict[str, Any]:
     """The running pools of the config's teachers.
 
     Args:
         target_tokenizer: fingerprint of the target's.
+        display: where progress goes.
 
     Raises:
         ClusterError: one is not running.
@@ -126,7 +134,7 @@ def attach(config: Config, target_tokenizer: str) -> dict[str, Any]:
                 "`fusellm-ray teachers up CONFIG`, or train without --attach"
             )
     _refuse_differences(config, pools)
-    wait_ready(pools, config.run.start_timeout_s)
+    wait_ready(pools, config.run.start_timeout_s, display)
     _refuse_differences(config, pools, target_tokenizer)
     return pools
 

@@ -41,6 +41,11 @@ class Engine(Protocol):
     model_cpu_s: float
     """CPU seconds that this process has spent in the model so far; NaN where another process does the work."""
 
+    @property
+    def problem(self) -> str | None:
+        """Why it can score no more, None while it can."""
+        ...
+
     async def score(self, prompts: Sequence[NDArray[np.int32]], top_k: int) -> list[Scores]:
         """Score each prompt alone.
 

@@ -32,6 +32,8 @@ _WHOLE_LOGITS = 256 << 20
 class TransformersScorer:
     """Scores prompts with a transformers model, one call at a time, on a thread of its own."""
 
+    problem = None  # it lives in this process, and dies with it
+
     def __init__(self, teacher: TeacherConfig) -> None:
         if not isinstance(teacher.engine, TransformersEngine):
             raise ConfigError(

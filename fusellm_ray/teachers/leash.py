@@ -31,7 +31,8 @@ _REAPED_S = 1.0
 
 @contextlib.contextmanager
 def on_leash(writer: Connection) -> Iterator[None]:
-    """In the child: be killed when the parent is gone, and report an exception to it before raising it on."""
+    """In the child: be killed when the parent is gone, with all that it has started, and report an exception to the
+    parent before raising it on."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.pid,), daemon=True).start()
@@ -51,6 +52,10 @@ def _end_with(parent_pid: int | None) -> None:
     """Poll: a killed parent runs no clean-up, and PR_SET_PDEATHSIG follows its thread, not the parent."""
     while os.getppid() == parent_pid:
         time.sleep(_POLL_S)
+    # vLLM's workers look after themselves only once they have loaded their weights.
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     os.kill(os.getpid(), signal.SIGKILL)
 
 

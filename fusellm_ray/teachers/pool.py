@@ -46,7 +46,7 @@ _LOOK_S = 1.0
 _REFUSED_S = 60.0
 """Between two starts of a replica whose fingerprint was wrong: somebody may have restored the folder."""
 _MAX_FAILURES = 4
-"""Requests in a row that a replica may fail: an engine that has died fails them all, and a new process heals it."""
+"""Requests in a row that a replica may fail; a new process may heal what its engine does not know of itself."""
 STOP_TIMEOUT_S = 30.0
 """Given to an engine to free its memory before its process is killed."""
 
@@ -202,7 +202,8 @@ class TeacherPool:
     # ------------------------------------------------------------------------------------ tending
 
     def _add(self) -> None:
-        member = _Member(next(self._numbers), self._spawn())
+        number = next(self._numbers)
+        member = _Member(number, self._spawn(number))
         self._members[member.number] = member
         member.tending = self._keep(self._tend(member))
 
@@ -218,7 +219,7 @@ class TeacherPool:
         if error is not None:
             logger.error("teacher %s: its pool has an error", self._teacher.name, exc_info=error)
 
-    def _spawn(self) -> Any:
+    def _spawn(self, number: int) -> Any:
         resources = self._teacher.resources
         engine = self._teacher.engine
         threads = str(engine.threads if isinstance(engine, TransformersEngine) else 1)
@@ -233,7 +234,7 @@ class TeacherPool:
                 max_task_retries=0,  # ranks send again themselves, to whichever replica is up
                 runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}},
             )
-            .remote(self._teacher, self._target, self._alignment, self._target_vocab_size)
+            .remote(self._teacher, self._target, self._alignment, self._target_vocab_size, number=number)
         )
 
     async def _tend(self, member: _Member) -> None:
@@ -259,12 +260,12 @@ class TeacherPool:
                         member.handle, no_restart=False
                     )  # a failed load is cached; load in a new process
                 elif isinstance(error, ActorDiedError):
-                    member.handle = self._spawn()
+                    member.handle = self._spawn(member.number)
                 continue
             failed_starts = 0
             if not self._accepts(member, description):
                 await asyncio.sleep(_REFUSED_S)
-                member.handle = self._spawn()
+                member.handle = self._spawn(member.number)
                 continue
             member.state, member.incarnation, member.problem = "ready", description.incarnation, ""
             while member.state == "ready":
@@ -329,6 +330,8 @@ class TeacherPool:
             member.note(beat)
             if beat.incarnation != member.incarnation:
                 problem = "its process was restarted"
+            elif beat.problem is not None:
+                problem, is_stuck = beat.problem, True
             elif beat.stalled_s > self._hang_s:
                 problem, is_stuck = f"holds requests and has answered none for {beat.stalled_s:.0f} s", True
             elif beat.failures >= _MAX_FAILURES:

@@ -33,18 +33,21 @@ class TeacherReplica:
         target: ModelConfig,
         alignment: AlignmentConfig,
         target_vocab_size: int | None = None,
+        *,
+        number: int,
     ) -> None:
         self._teacher = teacher
         self._target = target
         self._alignment = alignment
         self._target_vocab_size = target_vocab_size
+        self._number = number
         self._incarnation = uuid.uuid4().hex
         self._loading: asyncio.Task[TeacherScorer] | None = None
         self._scorer: TeacherScorer | None = None
         self._metrics = ReplicaMetrics(teacher.name)
 
     def __repr__(self) -> str:  # Ray puts it in front of this process's log lines
-        return f"teacher {self._teacher.name}"
+        return f"teacher {self._teacher.name}, replica {self._number}"
 
     async def ready(self) -> None:
         """Answered once the actor has a place and its process is up."""
@@ -95,6 +98,7 @@ class TeacherReplica:
             engine_s=stats.engine_s,
             cache_hits=stats.cache_hits,
             cache_misses=stats.cache_misses,
+            problem=scorer.engine.problem,
         )
 
     async def stats(self) -> ReplicaStats:

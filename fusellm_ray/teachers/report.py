@@ -42,7 +42,7 @@ class Heartbeat:
     stalled_s: float
     """How long requests have been waiting without one being answered."""
     failures: int
-    """Requests that failed since the last one that was answered."""
+    """Requests that failed since the engine last scored one."""
     positions: int
     """Target positions answered for, since its process started."""
     engine_s: float
@@ -51,6 +51,8 @@ class Heartbeat:
     """Segments that were asked for and not scored again ..."""
     cache_misses: int
     """... and those that were scored."""
+    problem: str | None
+    """Why its engine can score no more, None while it can."""
 
 
 @dataclass(slots=True)

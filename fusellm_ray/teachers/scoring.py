@@ -104,7 +104,7 @@ class TeacherScorer:
         self._numbers = itertools.count()
         self._answered_at = time.monotonic()
         self.failures = 0
-        """Requests that failed since the last one that was answered."""
+        """Requests that failed since the engine last scored one."""
         self._in_engine = 0
         self._engine_since = 0.0
 
@@ -130,7 +130,6 @@ class TeacherScorer:
             self._stats.requests += 1
             self._stats.frame_bytes += buffer.nbytes
             self._stats.answered += sum(s.num_positions for s in segments)
-            self.failures = 0
             return buffer
         except Exception:
             self.failures += 1
@@ -206,7 +205,9 @@ class TeacherScorer:
     async def _score_in_turn(self, run: str, batch: int, segments: Sequence[Segment]) -> list[Aligned]:
         tokens = sum(len(s.ids) for s in segments)
         async with self._turns.turn(run, batch, prompts=len(segments), tokens=tokens):
-            return await self._score(segments, self._stats)
+            parts = await self._score(segments, self._stats)
+        self.failures = 0  # here, since an answer from the cache says nothing of the engine
+        return parts
 
     async def _score(self, segments: Sequence[Segment], stats: ReplicaStats) -> list[Aligned]:
         loop = asyncio.get_running_loop()

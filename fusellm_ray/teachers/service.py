@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -13,10 +13,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from fusellm_ray.config import Config, TeacherConfig
 from fusellm_ray.errors import ClusterError, FuseLLMError
 from fusellm_ray.models import model_facts
+from fusellm_ray.observe.progress import Display
 from fusellm_ray.stream.failures import cause_of, summary_of
 from fusellm_ray.teachers.pool import STOP_TIMEOUT_S
 from fusellm_ray.teachers.report import Description, PoolStatus
 from fusellm_ray.teachers.supervisor import PoolSupervisor
+
+SLOW_START_S = 60.0
+"""After so long without what was asked for, the driver says what it waits for."""
 
 
 def start_pools(config: Config) -> dict[str, Any]:
@@ -53,14 +57,16 @@ def supervise(config: Config, teachers: Sequence[TeacherConfig], **options: Any)
 def wait_ready(
     pools: Mapping[str, Any],
     timeout_s: float,
-    on_progress: Callable[[dict[str, str]], None] | None = None,
+    display: Display | None = None,
+    slow_s: float = SLOW_START_S,
 ) -> dict[str, Description]:
     """Wait until every pool has the replicas it asked for.
 
     Args:
         pools: as `start_pools` gave them.
         timeout_s: for all of them.
-        on_progress: called with a line a teacher whenever one changes.
+        display: told a line a teacher whenever one changes.
+        slow_s: after so long it is also told, once, what the cluster has and when we give up.
 
     Raises:
         ClusterError: time is up; the message compares what is asked for with what the cluster has.
@@ -68,7 +74,9 @@ def wait_ready(
     """
     if not pools:
         return {}
-    deadline = time.monotonic() + timeout_s
+    display = display or Display()
+    started = time.monotonic()
+    has_said_so = False
     asked: dict[str, Any] = {}
     statuses: dict[str, PoolStatus] = {}
     said: dict[str, str] = {}
@@ -80,16 +88,23 @@ def wait_ready(
         for name in [name for name, ref in asked.items() if ref in answered]:
             statuses[name] = get_status(asked.pop(name))
         lines = {name: _line(statuses.get(name)) for name in pools}
-        if on_progress is not None and lines != said:
-            on_progress(lines)
+        if lines != said:
+            display.teachers(lines)
         said = lines
         up = {s.name: s.description for s in statuses.values() if s.description and s.ready >= s.wanted}
         if len(up) == len(pools):
             return up
-        if time.monotonic() > deadline:
-            waiting = "; ".join(f"teacher {name}: {line}" for name, line in lines.items() if name not in up)
+        waiting = "; ".join(f"teacher {name}: {line}" for name, line in lines.items() if name not in up)
+        waited_s = time.monotonic() - started
+        if waited_s > timeout_s:
             raise ClusterError(
                 f"teachers are not up after {timeout_s:.0f} s (run.start_timeout_s): {waiting}. {_shortage()}"
+            )
+        if waited_s > slow_s and not has_said_so:
+            has_said_so = True
+            display.note(
+                f"teachers are not up yet ({waiting}). {_shortage()}. Giving up after {timeout_s:.0f} s "
+                "(run.start_timeout_s)"
             )
         time.sleep(0.2)
 

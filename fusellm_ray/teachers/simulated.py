@@ -32,6 +32,8 @@ class SimulatedScorer:
     chosen by a hash of the tokens up to q, with the gold token put in at most positions.
     """
 
+    problem = None
+
     def __init__(self, teacher: TeacherConfig) -> None:
         if not isinstance(teacher.engine, SimulatedEngine):
             raise ConfigError(

@@ -34,7 +34,7 @@ class PoolSupervisor:
         }
 
     def __repr__(self) -> str:  # Ray puts it in front of this process's log lines
-        return "pools"
+        return f"pools of {', '.join(self._pools)}"
 
     async def table(self, teacher: str, waited_s: float = 0.0) -> HandleTable:
         return await self._pools[teacher].table(waited_s)

@@ -160,6 +160,11 @@ class VllmScorer:
         writer.close()
         self._watch = Watch(reader, set(multiprocessing.active_children()) - before)
 
+    @property
+    def problem(self) -> str | None:
+        death = self._watch.death
+        return f"its engine died; {death.result()}" if death.done() else None
+
     async def score(self, prompts: Sequence[NDArray[np.int32]], top_k: int) -> list[Scores]:
         if not self._is_tested:
             await self.self_test()
@@ -211,8 +216,15 @@ class VllmScorer:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        requests = (self._score_prompt(at, prompt, top_k, params) for at, prompt in enumerate(prompts))
-        scores = await self._unless_dead(asyncio.gather(*requests))
+        requests = [
+            asyncio.ensure_future(self._score_prompt(at, prompt, top_k, params))
+            for at, prompt in enumerate(prompts)
+        ]
+        try:
+            scores = await self._unless_dead(asyncio.gather(*requests))
+        finally:
+            for request in requests:
+                request.cancel()  # where one has failed, the others would go on in the engine
         check_scores(scores, prompts, top_k, where=self._where)
         return scores
 
@@ -271,8 +283,8 @@ class VllmScorer:
         finally:
             answers.add_done_callback(_retrieve)
             answers.cancel()
-        if death.done():
-            raise EngineError(f"{self._where}: its engine died; {death.result()}") from error
+        if self.problem is not None:
+            raise EngineError(f"{self._where}: {self.problem}") from error
         raise EngineError(f"{self._where}: vLLM failed a request; {type(error).__name__}: {error}") from error
 
 
@@ -328,6 +340,18 @@ def engine_args(teacher: TeacherConfig, *, vocab_size: int, max_model_len: int) 
 def largest_chunk(memory_bytes: int, utilization: float, vocab_size: int) -> int:
     """Tokens of one prompt to read at once, so that their logits fit in half of what vLLM leaves free."""
     return max(256, int(memory_bytes * (1 - utilization) / 2) // (_LOGITS_BYTES * vocab_size))
+
+
+def check_settings(name: str, engine: VllmEngine) -> None:
+    """Refuse what `VllmScorer` would refuse of a teacher's engine, before anything starts.
+
+    Raises:
+        ConfigError: `args` names something vLLM does not know, or that has a key of its own.
+        ModelError: the adapter cannot be found.
+    """
+    _check_args(name, engine.args)
+    if engine.lora:
+        _lora_rank(engine.lora)
 
 
 def _check_args(name: str, args: dict[str, Any]) -> None:
