@@ -246,11 +246,10 @@ def demand(
 
 
 def fits_beside(config: Config, others: Sequence[TeacherConfig]) -> bool:
-    """Whether the cluster, as large as it is now, has in all what the run and these teachers need."""
+    """Whether the cluster, as large as it is now, has in all what the run and these teachers, fully grown, need."""
     import ray
 
-    have = ray.cluster_resources()
-    needs = demand(config, beside=others)
+    have, needs = ray.cluster_resources(), demand(config, beside=others)
     return all(have.get(name, 0.0) + 1e-6 >= amount for name, amount in needs.items())
 
 
