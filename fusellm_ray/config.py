@@ -99,10 +99,12 @@ class VllmEngine(Frozen):
     type: Literal["vllm"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     tensor_parallel_size: int = Field(default=1, ge=1)
-    """GPUs that share the model; set resources.num_gpus to the same number. Across nodes, set num_gpus to 0 and
-    args.distributed_executor_backend to ray: vLLM then asks Ray for the GPUs itself."""
+    """GPUs that share the model; set resources.num_gpus to the same number. Across nodes, set num_gpus to 0,
+    args.distributed_executor_backend to ray, and a custom resource or label that brings the replica to a node with
+    GPUs: vLLM then asks Ray for its workers' GPUs itself. That has not been run: vLLM's CPU build cannot do it."""
     max_num_batched_tokens: int = Field(default=8192, ge=1)
-    """Prompt tokens in one engine step. The logits of a step are held at once, outside vLLM's memory profile."""
+    """Prompt tokens in one engine step, at most: fewer where the logits of one prompt's tokens would not fit in memory,
+    and a log line says so. They come beside what gpu_memory_utilization gives vLLM, in what it leaves of the GPU."""
     max_num_seqs: int = Field(default=64, ge=1)
     gpu_memory_utilization: float = Field(default=0.8, gt=0, le=1)
     lora: str | None = None
@@ -111,6 +113,13 @@ class VllmEngine(Frozen):
     """Also export vLLM's own metrics through Ray; costs time on the event loop in every engine step."""
     args: dict[str, Any] = {}
     """Any further engine argument, by vLLM's own name; checked against vLLM's."""
+
+    @property
+    def num_worker_gpus(self) -> int:
+        """GPUs that vLLM asks Ray for itself, besides what the replica asks for."""
+        if self.args.get("distributed_executor_backend") != "ray":
+            return 0
+        return self.tensor_parallel_size * int(self.args.get("pipeline_parallel_size", 1))
 
 
 class SimulatedEngine(Frozen):
@@ -214,6 +223,26 @@ class TeacherConfig(ModelConfig):
     several runs get a text at the same replica. 0: none."""
     replicas: Replicas = Replicas()
     resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _gpus_asked_for_once(self) -> TeacherConfig:
+        if self.num_worker_gpus and self.resources.num_gpus:
+            raise ValueError(
+                f"resources.num_gpus={self.resources.num_gpus:g} would be held and not used, since with "
+                f"engine.args.distributed_executor_backend=ray vLLM asks Ray for {self.num_worker_gpus} GPUs itself; "
+                "set resources.num_gpus to 0"
+            )
+        return self
+
+    @property
+    def num_worker_gpus(self) -> int:
+        return self.engine.num_worker_gpus if isinstance(self.engine, VllmEngine) else 0
+
+    @property
+    def asks(self) -> dict[str, float]:
+        """What one replica takes of Ray's resources, together with what its engine asks for itself."""
+        own = self.resources
+        return {"CPU": own.num_cpus, "GPU": own.num_gpus + self.num_worker_gpus} | own.custom
 
 
 # ---------------------------------------------------------------------------------------- corpus

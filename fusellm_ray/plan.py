@@ -135,8 +135,7 @@ def demand(config: Config, *, with_teachers: bool = True) -> dict[str, float]:
                 needs[name] = needs.get(name, 0.0) + amount * times
 
     for teacher in config.active_teachers if with_teachers else ():
-        asked = teacher.resources
-        add({"CPU": asked.num_cpus, "GPU": asked.num_gpus} | asked.custom, teacher.replicas.min)
+        add(teacher.asks, teacher.replicas.min)
     # As Ray Train counts: a rank asks for its GPU, or else one CPU, unless it is told what to ask for.
     own = {"GPU": 1.0} if config.trainer.use_gpu else {"CPU": 1.0}
     told = config.trainer.resources_per_worker
