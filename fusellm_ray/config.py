@@ -117,10 +117,12 @@ class VllmEngine(Frozen):
     type: Literal["vllm"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     tensor_parallel_size: int = Field(default=1, ge=1)
-    """GPUs that share the model; set resources.num_gpus to the same number. Across nodes, set num_gpus to 0 and
-    args.distributed_executor_backend to ray: vLLM then asks Ray for the GPUs itself."""
+    """GPUs that share the model; set resources.num_gpus to the same number. Across nodes, set num_gpus to 0,
+    args.distributed_executor_backend to ray, and a custom resource or label that brings the replica to a node with
+    GPUs: vLLM then asks Ray for its workers' GPUs itself. That has not been run: vLLM's CPU build cannot do it."""
     max_num_batched_tokens: int = Field(default=8192, ge=1)
-    """Prompt tokens in one engine step. The logits of a step are held at once, outside vLLM's memory profile."""
+    """Prompt tokens in one engine step, at most: fewer where the logits of one prompt's tokens would not fit in memory,
+    and a log line says so. They come beside what gpu_memory_utilization gives vLLM, in what it leaves of the GPU."""
     max_num_seqs: int = Field(default=64, ge=1)
     gpu_memory_utilization: float = Field(default=0.8, gt=0, le=1)
     lora: str | None = None
@@ -154,6 +156,11 @@ class VllmEngine(Frozen):
         return self.model_copy(
             update={"lora": None, "args": {key: self.args[key] for key in places if key in self.args}}
         )
+
+    @property
+    def num_worker_gpus(self) -> int:
+        """GPUs that vLLM asks Ray for itself, besides what the replica asks for."""
+        return self.num_ranks if self.asks_ray_itself else 0
 
 
 class SimulatedEngine(Frozen):
@@ -289,7 +296,13 @@ class TeacherConfig(ReaderConfig):
                 "there is nothing to predict; set it to at least 3"
             )
         num_gpus, ranks = self.resources.num_gpus, self.engine.num_ranks
-        if self.engine.asks_ray_itself or num_gpus == 0:  # 0: vLLM's build for CPUs
+        if self.engine.asks_ray_itself and num_gpus:
+            raise ValueError(
+                f"resources.num_gpus={num_gpus:g} would be held and not used, since with "
+                f"engine.args.distributed_executor_backend=ray vLLM asks Ray for {ranks} GPUs itself; "
+                "set resources.num_gpus to 0"
+            )
+        if num_gpus == 0:  # vLLM's build for CPUs, or it asks Ray itself
             return self
         if max(num_gpus, 1.0) != ranks:
             raise ValueError(
@@ -302,6 +315,16 @@ class TeacherConfig(ReaderConfig):
                 f"{self.engine.gpu_memory_utilization:g} takes more; lower that to at most {num_gpus:g}"
             )
         return self
+
+    @property
+    def num_worker_gpus(self) -> int:
+        return self.engine.num_worker_gpus if isinstance(self.engine, VllmEngine) else 0
+
+    @property
+    def asks(self) -> dict[str, float]:
+        """What one replica takes of Ray's resources, together with what its engine asks for itself."""
+        own = self.resources
+        return {"CPU": own.num_cpus, "GPU": own.num_gpus + self.num_worker_gpus} | own.custom
 
 
 # ---------------------------------------------------------------------------------------- corpus

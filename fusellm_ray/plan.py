@@ -214,8 +214,9 @@ def _times(name: str, amount: float, resources: Mapping[str, float]) -> int:
 
 
 def _asking(config: Config, *, with_teachers: bool) -> list[_Asking]:
-    teachers = config.active_teachers if with_teachers else ()
-    asking = [_asking_of(teacher, teacher.replicas.min) for teacher in teachers]
+    asking: list[_Asking] = []
+    for teacher in config.active_teachers if with_teachers else ():
+        asking += _asking_of(teacher, teacher.replicas.min)
     # As Ray Train counts: a rank asks for its GPU, or else one CPU, unless it is told what to ask for.
     own = {"GPU": 1.0} if config.trainer.use_gpu else {}
     told = config.trainer.resources_per_worker
@@ -223,10 +224,13 @@ def _asking(config: Config, *, with_teachers: bool) -> list[_Asking]:
     return [*asking, _Asking("ranks", config.trainer.workers.min, _positive(amounts), Resources())]
 
 
-def _asking_of(teacher: TeacherConfig, replicas: int) -> _Asking:
-    asked = teacher.resources
-    amounts = {"CPU": asked.num_cpus, "GPU": asked.num_gpus} | asked.custom
-    return _Asking(f"teacher {teacher.name}", replicas, _positive(amounts), asked)
+def _asking_of(teacher: TeacherConfig, replicas: int) -> list[_Asking]:
+    own = teacher.resources
+    amounts = _positive({"CPU": own.num_cpus, "GPU": own.num_gpus} | own.custom)
+    asking = [_Asking(f"teacher {teacher.name}", replicas, amounts, own)]
+    if workers := replicas * teacher.num_worker_gpus:
+        asking.append(_Asking(f"vLLM of teacher {teacher.name}", workers, {"GPU": 1.0}, Resources()))
+    return asking
 
 
 def _positive(amounts: dict[str, float]) -> dict[str, float]:
@@ -238,7 +242,7 @@ def demand(
 ) -> dict[str, float]:
     """Resources that the run needs at least, by Ray's names; `beside` it teachers of other runs, fully grown."""
     needs: dict[str, float] = {}
-    others = [_asking_of(teacher, teacher.replicas.max) for teacher in beside]
+    others = itertools.chain.from_iterable(_asking_of(teacher, teacher.replicas.max) for teacher in beside)
     for asking in [*_asking(config, with_teachers=with_teachers), *others]:
         for name, amount in asking.amounts.items():
             needs[name] = needs.get(name, 0.0) + amount * asking.count

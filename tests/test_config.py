@@ -75,6 +75,19 @@ def refused(tree: dict) -> str:
     return str(caught.value)
 
 
+def test_gpus_that_vllm_asks_ray_for_count_as_the_teachers_and_not_twice():
+    tree = minimal()
+    args = {"distributed_executor_backend": "ray", "pipeline_parallel_size": 2}
+    tree["teachers"][0] |= {
+        "engine": {"type": "vllm", "tensor_parallel_size": 4, "args": args},
+    }
+    assert parse_config(tree).teachers[0].asks["GPU"] == 8
+    tree["teachers"][0]["resources"] = {"num_gpus": 8}
+    assert "resources.num_gpus=8 would be held and not used" in refused(tree)
+    del args["distributed_executor_backend"]
+    assert parse_config(tree).teachers[0].asks["GPU"] == 8
+
+
 def test_what_goes_by_evaluations_during_training_needs_them():
     tree = minimal() | {"checkpoint": {"keep_best": True}}
     tree["training"] = {"steps": 3, "early_stop": {"patience": 2}}

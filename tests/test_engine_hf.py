@@ -88,27 +88,6 @@ def test_the_whole_vocabulary_may_be_asked_for(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.exp(answer.top_logprobs.astype(np.float64)).sum(1), 1.0, atol=1e-5)
 
 
-def test_no_prompts_give_no_scores(tmp_path: Path) -> None:
-    engine = make_engine(teacher(tiny_model("llama", VOCAB, tmp_path / "model")))
-    assert score(engine, []) == []
-
-
-def test_damaged_weights_are_an_engine_error(tmp_path: Path) -> None:
-    folder = tiny_model("llama", VOCAB, tmp_path / "model")
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[3, 3] = float("nan")
-    model.save_pretrained(folder)
-    with pytest.raises(EngineError, match="teacher tiny: prompt 0 got top_logprobs that are NaN"):
-        score(make_engine(teacher(folder)), prompts(6))
-
-
-def test_a_prompt_longer_than_the_context_is_an_engine_error(tmp_path: Path) -> None:
-    engine = make_engine(teacher(tiny_model("llama", VOCAB, tmp_path / "model")))
-    with pytest.raises(EngineError, match="129 tokens exceeds max_context=128"):
-        score(engine, prompts(129))
-
-
 def test_answers_of_the_wrong_shape_are_refused() -> None:
     (prompt,) = prompts(5)
     rows = np.zeros((4, K), np.float32)

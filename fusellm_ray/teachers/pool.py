@@ -162,7 +162,6 @@ class TeacherPool:
     async def status(self) -> PoolStatus:
         self._raise_failure()
         ready = [m for m in self._members.values() if m.state == "ready"]
-        resources = self._teacher.resources
         return PoolStatus(
             name=self._teacher.name,
             wanted=self._teacher.replicas.min,
@@ -174,8 +173,8 @@ class TeacherPool:
                 sum(m.beat.cache_misses for m in ready if m.beat),
             ),
             settings=answer_settings(self._teacher, self._alignment),
-            asks={"CPU": resources.num_cpus, "GPU": resources.num_gpus} | resources.custom,
-            labels=resources.labels,
+            asks=self._teacher.asks,
+            labels=self._teacher.resources.labels,
             problems=tuple(f"replica {m.number}: {m.problem}" for m in self._members.values() if m.problem),
             description=self._description,
             decisions=tuple(self._decisions),

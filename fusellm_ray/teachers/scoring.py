@@ -299,7 +299,9 @@ def windows(
     """Prompts of at most `max_context` tokens that together predict all tokens of a sequence but its first.
 
     A sequence that fits is its own prompt. A longer one is read in windows that each repeat a quarter of the
-    context before their first new token, so no prediction is made without context, and none is lost.
+    context before their first new token, so no prediction is made without context, and none is lost. Windows may
+    begin anywhere: their rows are joined before alignment, which only ever sees the whole sequence, so no boundary
+    of theirs must be one of the target's.
 
     Args:
         ids: [M], with BOS if the tokenizer adds one.

@@ -5,8 +5,14 @@
     Scores ←── arrays [m-1, k+1], as they came ─── column 0: the prompt's own token, columns 1..k: the top k
 
 vLLM turns those arrays into one Python object per candidate on the event loop, which costs many times what
-reading the prompt costs. `_keep_arrays` takes the place of that step. It is vLLM's private code: where it
-does not look as expected, `flat_logprobs` (public, slower) is used instead, and a warning says so.
+reading the prompt costs. `_install_keep_arrays` takes the place of that step. It is vLLM's private code: where
+it does not look as expected, `flat_logprobs` (public, slower) is used instead, and a warning says so. Two more ways
+exist, logprobs of given ids (`prompt_logprob_token_ids`) and a pooler that takes the top k on the device; both are
+for GPUs, and neither was written or measured. What was kept was measured on the CPU build only.
+
+Logits are the peak of memory, and outside vLLM's memory profile: a step is as long as `largest_step` allows. vLLM's
+V1 runner (CPUs, and GPUs without Triton) holds those of one prompt's part of a step at once; the V2 runner those of
+1024 positions, for which the bound is stricter than it must be.
 """
 
 from __future__ import annotations
@@ -30,11 +36,12 @@ from typing import Any, TypeVar
 from unittest import mock
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from fusellm_ray.config import TeacherConfig, VllmEngine
 from fusellm_ray.errors import ConfigError, EngineError, ModelError
-from fusellm_ray.models import model_facts
+from fusellm_ray.models import ModelFacts, model_facts
 from fusellm_ray.teachers.engine import Scores, check_scores
 from fusellm_ray.teachers.leash import Watch, on_leash, read_report
 
@@ -90,8 +97,8 @@ _CPU_ENVIRONMENT = {
 }
 _CPU_KV_CACHE_BYTES = 1 << 30
 
-_LOGITS_BYTES = 6
-"""Of one vocabulary entry at one position while vLLM takes the top k: bfloat16 logits, float32 logprobs."""
+_LOGITS_BYTES = 9
+"""Of one vocabulary entry at one position while vLLM takes the top k: logits and logprobs in float32, a comparison."""
 _SELF_TEST_TOKENS = 64
 _SELF_TEST_NATS = 0.1
 """Mean difference between a prefix's logprobs alone and within its prompt that is rounding and no more."""
@@ -121,8 +128,8 @@ class VllmScorer:
             raise ConfigError(
                 f"{self._where}: top_k={teacher.top_k} exceeds its vocabulary ({facts.vocab_size}); lower it"
             )
-        _set_environment()
-        args = engine_args(teacher, vocab_size=facts.vocab_size, max_model_len=facts.max_context)
+        _set_environment(teacher.engine)
+        args = engine_args(teacher, facts)
         why_flat = _install_keep_arrays()
         if why_flat:
             logger.warning(
@@ -297,11 +304,12 @@ def _retrieve(future: asyncio.Future[Any]) -> None:
 # ---------------------------------------------------------------------------------------- arguments
 
 
-def engine_args(teacher: TeacherConfig, *, vocab_size: int, max_model_len: int) -> AsyncEngineArgs:
+def engine_args(teacher: TeacherConfig, facts: ModelFacts) -> AsyncEngineArgs:
     """vLLM's arguments for scoring with this teacher: ours, then the config's `args`.
 
     Raises:
-        ConfigError: `args` names something vLLM does not know, or that has a key of its own.
+        ConfigError: `args` names something vLLM does not know, or that has a key of its own; or the logits of the
+            shortest step do not fit in memory.
     """
     engine = teacher.engine
     assert isinstance(engine, VllmEngine)
@@ -313,10 +321,10 @@ def engine_args(teacher: TeacherConfig, *, vocab_size: int, max_model_len: int) 
         "load_format": "safetensors",
         "dtype": engine.dtype,
         "skip_tokenizer_init": True,
-        "max_model_len": max_model_len,
+        "max_model_len": facts.max_context,
         "max_logprobs": teacher.top_k,
         "enable_prefix_caching": False,
-        "max_num_batched_tokens": engine.max_num_batched_tokens,
+        "max_num_batched_tokens": _step_tokens(teacher, facts),
         "max_num_seqs": engine.max_num_seqs,
         "gpu_memory_utilization": engine.gpu_memory_utilization,
         "tensor_parallel_size": engine.tensor_parallel_size,
@@ -329,17 +337,52 @@ def engine_args(teacher: TeacherConfig, *, vocab_size: int, max_model_len: int) 
         args |= {"enable_lora": True, "max_lora_rank": _lora_rank(engine.lora)}
     if current_platform.is_cpu():
         args |= {"enforce_eager": True, "kv_cache_memory_bytes": _CPU_KV_CACHE_BYTES}
-    else:
-        memory = current_platform.get_device_total_memory()
-        chunk = largest_chunk(memory, engine.gpu_memory_utilization, vocab_size)
-        if chunk < min(engine.max_num_batched_tokens, max_model_len):
-            args["long_prefill_token_threshold"] = chunk
     return AsyncEngineArgs(**(args | engine.args))
 
 
-def largest_chunk(memory_bytes: int, utilization: float, vocab_size: int) -> int:
-    """Tokens of one prompt to read at once, so that their logits fit in half of what vLLM leaves free."""
-    return max(256, int(memory_bytes * (1 - utilization) / 2) // (_LOGITS_BYTES * vocab_size))
+def _step_tokens(teacher: TeacherConfig, facts: ModelFacts) -> int:
+    """`max_num_batched_tokens`, lowered where the logits of one prompt's part of a step would not fit in memory.
+
+    vLLM's `long_prefill_token_threshold` bounds such a part only while other requests wait.
+    """
+    engine = teacher.engine
+    assert isinstance(engine, VllmEngine)
+    wanted = engine.max_num_batched_tokens
+    spare = _spare_bytes(teacher, facts)
+    fitting = largest_step(spare, facts.vocab_size)
+    if fitting >= min(wanted, facts.max_context):
+        return wanted
+    where = f"teacher {teacher.name}: engine.max_num_batched_tokens={wanted}"
+    reason = (
+        f"the logits of {max(0, fitting)} positions (vocabulary {facts.vocab_size}) fit in half of the "
+        f"{spare / 2**30:.1f} GiB that its weights and KV cache leave"
+    )
+    if fitting < engine.max_num_seqs:  # vLLM takes no fewer
+        less = "use a larger machine" if current_platform.is_cpu() else "lower engine.gpu_memory_utilization"
+        raise ConfigError(
+            f"{where}: {reason}, and a step has at least engine.max_num_seqs={engine.max_num_seqs}; lower that, "
+            f"or {less}"
+        )
+    logger.warning("%s: a step takes %d tokens instead: %s", where, fitting, reason)
+    return fitting
+
+
+def largest_step(spare_bytes: int, vocab_size: int) -> int:
+    """Positions whose logits fit in half of the memory that nothing else takes; the rest is slack."""
+    return spare_bytes // 2 // (_LOGITS_BYTES * vocab_size)
+
+
+def _spare_bytes(teacher: TeacherConfig, facts: ModelFacts) -> int:
+    """Memory that neither weights nor KV cache will take, about."""
+    engine = teacher.engine
+    assert isinstance(engine, VllmEngine)
+    if current_platform.is_cpu():
+        weights = facts.num_parameters * (4 if engine.dtype == "float32" else 2)
+        kv_cache = engine.args.get("kv_cache_memory_bytes", _CPU_KV_CACHE_BYTES)
+        return psutil.virtual_memory().available - weights - kv_cache
+    # Other replicas may have the rest of the GPU. Without any of its own, vLLM's workers have whole ones.
+    share = min(1.0, teacher.resources.num_gpus) or 1.0
+    return int(current_platform.get_device_total_memory() * (share - engine.gpu_memory_utilization))
 
 
 def check_settings(name: str, engine: VllmEngine) -> None:
@@ -380,11 +423,17 @@ def _ray_stat_logger() -> Any:
     return ray_wrappers.RayPrometheusStatLogger
 
 
-def _set_environment() -> None:
+def _set_environment(engine: VllmEngine) -> None:
     """Defaults for this process and the engine's; whatever the user has set stays."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # Forking a process that runs threads (Ray's, ours) can hang the child.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    if engine.num_worker_gpus:
+        import ray
+
+        # vLLM says so itself only where it is left to choose spawn; its core would start a cluster of its own.
+        if ray.is_initialized():
+            os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     if "VLLM_LOGGING_LEVEL" not in os.environ:
         os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
         logging.getLogger("vllm").setLevel(logging.WARNING)
