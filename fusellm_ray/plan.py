@@ -167,9 +167,12 @@ def require_resources(config: Config, *, has_teachers: bool = False) -> str | No
 
     Raises:
         ClusterError: the private cluster of this machine is too small.
+        ConfigError: a teacher needs a cluster to join.
     """
     import ray
 
+    if not has_teachers and not os.environ.get("RAY_ADDRESS"):
+        _refuse_workers_of_a_private_cluster(config)
     have = ray.cluster_resources()
     needs = demand(config, with_teachers=not has_teachers)
     missing = [
@@ -188,6 +191,17 @@ def require_resources(config: Config, *, has_teachers: bool = False) -> str | No
             "resources (fractions share a core), or set RAY_ADDRESS to a larger cluster"
         )
     return text
+
+
+def _refuse_workers_of_a_private_cluster(config: Config) -> None:
+    """vLLM's engine core could not join it, and would wait: its Ray listens on the loopback alone."""
+    for i, teacher in enumerate(config.active_teachers):
+        if teacher.num_worker_gpus:
+            raise ConfigError(
+                f"teachers[{i}] ({teacher.name}): engine.args.distributed_executor_backend=ray needs a cluster, and "
+                f"RAY_ADDRESS is not set; set it, or leave that argument out and set resources.num_gpus="
+                f"{teacher.num_worker_gpus} to use this machine's"
+            )
 
 
 def _missing_labels(config: Config, nodes: list[dict[str, Any]]) -> list[str]:
@@ -361,6 +375,7 @@ def _compare_with_cluster(config: Config) -> list[str]:
                 f"the cluster must grow first ({missing}); a run waits {wait:.0f} s for it, then gives up"
             )
         return warnings
+    _refuse_workers_of_a_private_cluster(config)
     needs = demand(config)
     cores = os.cpu_count() or 1
     if needs.get("CPU", 0.0) > cores:
