@@ -119,7 +119,8 @@ class VllmEngine(Frozen):
     tensor_parallel_size: int = Field(default=1, ge=1)
     """GPUs that share the model; set resources.num_gpus to the same number. Across nodes, set num_gpus to 0,
     args.distributed_executor_backend to ray, and a custom resource or label that brings the replica to a node with
-    GPUs: vLLM then asks Ray for its workers' GPUs itself. That has not been run: vLLM's CPU build cannot do it."""
+    GPUs: vLLM then asks Ray for its workers' GPUs itself. Only on a cluster that the run joins (RAY_ADDRESS), and not
+    run yet: vLLM's CPU build cannot do it."""
     max_num_batched_tokens: int = Field(default=8192, ge=1)
     """Prompt tokens in one engine step, at most: fewer where the logits of one prompt's tokens would not fit in memory,
     and a log line says so. They come beside what gpu_memory_utilization gives vLLM, in what it leaves of the GPU."""

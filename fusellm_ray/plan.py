@@ -282,7 +282,10 @@ def require_resources(
 
     Raises:
         ClusterError: the private cluster of this machine is too small.
+        ConfigError: a teacher needs a cluster to join.
     """
+    if not has_teachers and not os.environ.get("RAY_ADDRESS"):
+        _refuse_workers_of_a_private_cluster(config)
     nodes = _joined_nodes() if nodes is None else nodes
     have: dict[str, float] = defaultdict(float)
     for name, amount in itertools.chain.from_iterable(node["Resources"].items() for node in nodes):
@@ -305,6 +308,17 @@ def require_resources(
             "at the config alone)"
         )
     return text
+
+
+def _refuse_workers_of_a_private_cluster(config: Config) -> None:
+    """vLLM's engine core could not join it, and would wait: its Ray listens on the loopback alone."""
+    for i, teacher in enumerate(config.active_teachers):
+        if teacher.num_worker_gpus:
+            raise ConfigError(
+                f"teachers[{i}] ({teacher.name}): engine.args.distributed_executor_backend=ray needs a cluster, and "
+                f"RAY_ADDRESS is not set; set it, or leave that argument out and set resources.num_gpus="
+                f"{teacher.num_worker_gpus} to use this machine's"
+            )
 
 
 def unused_gpus(config: Config, *, nodes: Sequence[Node] | None = None) -> list[str]:
