@@ -37,6 +37,8 @@ from tests.runs import build_run
 
 STEPS = 20
 
+IDENTITY = {"corpus": {}, "batch_rows": 4, "seed": 0}
+
 
 class LocalStream:
     """`TeacherStream` without the wire's two ends: requests and frames are made, sent nowhere, and read."""
@@ -80,7 +82,7 @@ def opened(mesh, tree):
     )
     model = build_target(config.target, mesh)
     rank = Rank(
-        task=TrainTask(config=config, teachers=addresses, control=None, identity={}),
+        task=TrainTask(config=config, teachers=addresses, control=None, identity=IDENTITY),
         index=mesh.get_rank(),
         num_ranks=mesh.size(),
         device=device,
@@ -181,7 +183,14 @@ def restored(mesh, tree, folder):
     """Whether a group that starts again from a checkpoint of an exhausted run knows that it is, by early_stop."""
     rank, batches = opened(mesh, tree)
     batches.close()
-    state = {"step": 4, "skipped": 0, "cursors": {}, "best": asdict(Best()), "stopped_early": True}
+    state = {
+        "step": 4,
+        "skipped": 0,
+        "cursors": {},
+        "best": asdict(Best()),
+        "stopped_early": True,
+        "identity": IDENTITY,
+    }
     write_checkpoint(folder, training_tensors(rank.model, rank.optimizer), state)
     told = []
     for early_stop in (EarlyStop(patience=1), None):
