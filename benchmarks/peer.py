@@ -57,10 +57,10 @@ def parse_args() -> argparse.Namespace:
         "--text", type=Path, help="JSONL with a key `text` (default: Python's standard library)"
     )
     parser.add_argument("--row-tokens", type=int, default=256)
-    parser.add_argument("--batch-rows", type=int, default=4)
-    parser.add_argument("--micro-rows", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=22)
-    parser.add_argument("--gold-steps", type=int, default=5)
+    parser.add_argument("--batch-rows", type=int, default=2)
+    parser.add_argument("--micro-rows", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=42)
+    parser.add_argument("--gold-steps", type=int, default=4)
     parser.add_argument("--gold", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
