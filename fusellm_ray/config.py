@@ -224,6 +224,11 @@ class Resources(Frozen):
     """Ray labels that its node must have, for instance {ray.io/accelerator-type: H100}; also "!H100", "in(H100, H200)"
     and "!in(...)"."""
 
+    @property
+    def amounts(self) -> dict[str, float]:
+        """By Ray's names."""
+        return {"CPU": self.num_cpus, "GPU": self.num_gpus} | self.custom
+
     @field_validator("num_cpus", "num_gpus")
     @classmethod
     def _countable(cls, amount: float, info: ValidationInfo) -> float:
@@ -324,8 +329,8 @@ class TeacherConfig(ReaderConfig):
     @property
     def asks(self) -> dict[str, float]:
         """What one replica takes of Ray's resources, together with what its engine asks for itself."""
-        own = self.resources
-        return {"CPU": own.num_cpus, "GPU": own.num_gpus + self.num_worker_gpus} | own.custom
+        own = self.resources.amounts
+        return own | {"GPU": own["GPU"] + self.num_worker_gpus}
 
 
 # ---------------------------------------------------------------------------------------- corpus

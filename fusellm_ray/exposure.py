@@ -30,8 +30,5 @@ def is_open(dashboard: str) -> bool:
     try:
         with urllib.request.urlopen(f"{dashboard}/api/jobs/", timeout=5) as answer:
             return answer.status == 200
-    except (
-        OSError,
-        http.client.HTTPException,
-    ):  # HTTP errors are OSErrors; an answer that is no HTTP is none
+    except (OSError, http.client.HTTPException):  # refusals by HTTP status are OSErrors
         return False

@@ -226,8 +226,7 @@ def _asking(config: Config, *, with_teachers: bool) -> list[_Asking]:
 
 def _asking_of(teacher: TeacherConfig, replicas: int) -> list[_Asking]:
     own = teacher.resources
-    amounts = _positive({"CPU": own.num_cpus, "GPU": own.num_gpus} | own.custom)
-    asking = [_Asking(f"teacher {teacher.name}", replicas, amounts, own)]
+    asking = [_Asking(f"teacher {teacher.name}", replicas, _positive(own.amounts), own)]
     if workers := replicas * teacher.num_worker_gpus:
         asking.append(_Asking(f"vLLM of teacher {teacher.name}", workers, {"GPU": 1.0}, Resources()))
     return asking

@@ -314,20 +314,25 @@ class StreamSource:
 
     def next_record(self, shard: _StreamShard) -> tuple[str, str] | None:
         """The shard's next record; None at the end."""
-        epoch = shard.state["epoch"]
+        epoch, index = shard.state["epoch"], shard.state["records"]
+        window = self._windows.get(epoch)
+        if window is None or index >= window.end:
+            window = self._without_taken(epoch)
+        if index < window.first:
+            shard.own_records = self.records(index)
+            return next(shard.own_records, None)
+        return window.record(index)
+
+    def _without_taken(self, epoch: int) -> _Window:
+        """The window of an epoch, less the records that all shards have taken."""
         states = [each.state for each in self._shards if each.state["epoch"] <= epoch]
         needed = min(state["records"] if state["epoch"] == epoch else 0 for state in states)
         if epoch not in self._windows:
             self._windows[epoch] = _Window(self.records(needed), needed)
             for ended in [e for e in self._windows if e < min(state["epoch"] for state in states)]:
                 del self._windows[ended]
-        window = self._windows[epoch]
-        window.forget(needed)
-        index = shard.state["records"]
-        if index < window.first:
-            shard.own_records = self.records(index)
-            return next(shard.own_records, None)
-        return window.record(index)
+        self._windows[epoch].forget(needed)
+        return self._windows[epoch]
 
 
 class _Window:
@@ -339,9 +344,14 @@ class _Window:
         self._chars = 0
         self.first = first
 
+    @property
+    def end(self) -> int:
+        """Index of the record that is read next."""
+        return self.first + len(self._kept)
+
     def record(self, index: int) -> tuple[str, str] | None:
         """Of `first` and later ones; None behind the last."""
-        while index >= self.first + len(self._kept):
+        while index >= self.end:
             record = next(self._records, None)
             if record is None:
                 return None
