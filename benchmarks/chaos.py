@@ -89,7 +89,7 @@ def make_tree(folder: Path, kills: int) -> dict[str, Any]:
     tree = build_run(
         folder / "models",
         tokenizers,
-        training={"steps": STEPS_PER_KILL * (kills + 3)},
+        training={"steps": STEPS_PER_KILL * (kills + 10)},
         trainer={"workers": 2, "resources_per_worker": {"CPU": 0.1}, "max_failures": kills + 1},
         stream={"in_flight_tokens": 256, "deadline_s": 600},
         checkpoint={"every_steps": 10},

@@ -102,6 +102,14 @@ def test_a_task_with_filters_is_judged_by_its_first_filters_metric_and_error(mod
     assert f"**0.3333 ± {error:.4f}**" in text
 
 
+def test_the_best_of_a_perplexity_is_the_lowest():
+    scores = {"a": {"wiki": {"word_perplexity": 20.0}}, "b": {"wiki": {"word_perplexity": 30.0}}}
+    text = task_grid(scores, ["wiki"]).markdown()
+    assert "wiki (word_perplexity; lower is better)" in text
+    assert "| a | **20.0000** |" in text
+    assert "| b | 30.0000 |" in text
+
+
 def test_a_groups_mean_and_its_tasks_local_data_are_kept(model: str, tmp_path: Path):
     group = {
         "group": "both",

@@ -156,9 +156,15 @@ class Harness:
 
 
 def task_grid(scores: Mapping[str, TaskScores], columns: Sequence[str]) -> Grid:
-    """A row a model, a column a task: its first metric with the standard error, the best of each column in bold."""
+    """A row a model, a column a task: its first metric with the standard error, the best of each column in bold.
+
+    Which values are the best is the harness's own word; higher ones, where it has none.
+    """
+    from lm_eval.api.registry import is_higher_better
+
     first = next(iter(scores.values()))
     tasks = {task: main_metric(first[task]) for task in columns}
+    lower_is_better = {m for m in tasks.values() if is_higher_better(m.partition(",")[0]) is False}
     rows = []
     for model, own in scores.items():
         cells = []
@@ -171,9 +177,13 @@ def task_grid(scores: Mapping[str, TaskScores], columns: Sequence[str]) -> Grid:
         (i, j)
         for j, (task, metric) in enumerate(tasks.items(), 1)
         for i, own in enumerate(scores.values())
-        if own[task][metric] == max(other[task][metric] for other in scores.values())
+        if own[task][metric]
+        == (min if metric in lower_is_better else max)(other[task][metric] for other in scores.values())
     )
-    headings = [f"{task} ({metric})" for task, metric in tasks.items()]
+    headings = [
+        f"{task} ({metric}{'; lower is better' if metric in lower_is_better else ''})"
+        for task, metric in tasks.items()
+    ]
     return Grid("tasks, ± their standard error (higher is better)", ["model", *headings], rows, best)
 
 
