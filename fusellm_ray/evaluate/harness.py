@@ -164,7 +164,7 @@ def task_grid(scores: Mapping[str, TaskScores], columns: Sequence[str]) -> Grid:
 
     first = next(iter(scores.values()))
     tasks = {task: main_metric(first[task]) for task in columns}
-    lower_is_better = {m for m in tasks.values() if is_higher_better(m.partition(",")[0]) is False}
+    best_of = {m: min if is_higher_better(m.partition(",")[0]) is False else max for m in tasks.values()}
     rows = []
     for model, own in scores.items():
         cells = []
@@ -177,11 +177,10 @@ def task_grid(scores: Mapping[str, TaskScores], columns: Sequence[str]) -> Grid:
         (i, j)
         for j, (task, metric) in enumerate(tasks.items(), 1)
         for i, own in enumerate(scores.values())
-        if own[task][metric]
-        == (min if metric in lower_is_better else max)(other[task][metric] for other in scores.values())
+        if own[task][metric] == best_of[metric](other[task][metric] for other in scores.values())
     )
     headings = [
-        f"{task} ({metric}{'; lower is better' if metric in lower_is_better else ''})"
+        f"{task} ({metric}{'; lower is better' if best_of[metric] is min else ''})"
         for task, metric in tasks.items()
     ]
     return Grid("tasks, ± their standard error (higher is better)", ["model", *headings], rows, best)
