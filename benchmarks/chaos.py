@@ -21,7 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fusellm_ray.config import Config, parse_config
+from fusellm_ray.config import Config
+from fusellm_ray.config_file import parse_config
 from fusellm_ray.job import run_job
 from fusellm_ray.observe.progress import Display
 from fusellm_ray.target.storage import Checkpoints

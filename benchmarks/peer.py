@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pipeline import measure
-from fusellm_ray.config import CorpusConfig, SourceConfig, parse_config
+from fusellm_ray.config import CorpusConfig, SourceConfig
+from fusellm_ray.config_file import parse_config
 from fusellm_ray.corpus.rows import ShardReader
 from fusellm_ray.corpus.source import Corpus
 from fusellm_ray.corpus.tokens import ByteTokenizer

@@ -19,7 +19,8 @@ from typing import Any
 import psutil
 import ray
 
-from fusellm_ray.config import Config, parse_config
+from fusellm_ray.config import Config
+from fusellm_ray.config_file import parse_config
 from fusellm_ray.job import local_or_running_cluster, run_job
 from fusellm_ray.observe.progress import Display
 from fusellm_ray.quickstart.run import quickstart_config

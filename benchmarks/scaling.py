@@ -31,7 +31,8 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.stream import TARGET, TEACHERS, TOKENIZERS, write_corpus, write_models
-from fusellm_ray.config import Config, StreamConfig, parse_config
+from fusellm_ray.config import Config, StreamConfig
+from fusellm_ray.config_file import parse_config
 from fusellm_ray.corpus.rows import ShardReader
 from fusellm_ray.corpus.source import Corpus
 from fusellm_ray.corpus.tokens import ByteTokenizer

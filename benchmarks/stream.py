@@ -24,7 +24,8 @@ import torch
 import transformers
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
-from fusellm_ray.config import Config, parse_config
+from fusellm_ray.config import Config
+from fusellm_ray.config_file import parse_config
 from fusellm_ray.corpus.rows import ShardReader
 from fusellm_ray.corpus.source import Corpus
 from fusellm_ray.corpus.tokens import ByteTokenizer

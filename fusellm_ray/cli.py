@@ -105,7 +105,7 @@ def train(
     log_format: Literal["text", "json"],
 ) -> None:
     """Train the target of CONFIG with its teachers; run it again to resume."""
-    from fusellm_ray.config import load_config
+    from fusellm_ray.config_file import load_config
 
     if log_format == "json":
         context.meta[_JSON_LOG_OF] = str(config)  # until its name is known
@@ -129,7 +129,7 @@ def train(
 @click.option("--no-cluster", is_flag=True, help="Do not compare with a cluster's resources.")
 def check(config: Path, overrides: tuple[str, ...], no_cluster: bool) -> None:
     """Refuse what cannot work before anything starts, and print the plan of the run."""
-    from fusellm_ray.config import load_config
+    from fusellm_ray.config_file import load_config
 
     settings = load_config(config, overrides)
     from fusellm_ray.plan import make_plan, print_plan
@@ -147,7 +147,7 @@ def teachers() -> None:
 @click.argument("overrides", nargs=-1, metavar="[a.b=value ...]")
 def up(config: Path, overrides: tuple[str, ...]) -> None:
     """Start the teachers of CONFIG and wait until they are ready."""
-    from fusellm_ray.config import load_config
+    from fusellm_ray.config_file import load_config
 
     settings = load_config(config, overrides)
     from fusellm_ray.observe.progress import make_display
@@ -165,7 +165,7 @@ def up(config: Path, overrides: tuple[str, ...]) -> None:
 @click.argument("overrides", nargs=-1, metavar="[a.b=value ...]")
 def teachers_status(config: Path, overrides: tuple[str, ...]) -> None:
     """Show how the teachers of CONFIG stand."""
-    from fusellm_ray.config import load_config
+    from fusellm_ray.config_file import load_config
 
     settings = load_config(config, overrides)
     from fusellm_ray.teachers.attach import print_statuses, running_cluster, statuses
@@ -179,7 +179,7 @@ def teachers_status(config: Path, overrides: tuple[str, ...]) -> None:
 @click.argument("overrides", nargs=-1, metavar="[a.b=value ...]")
 def down(config: Path, overrides: tuple[str, ...]) -> None:
     """End the teachers of CONFIG and all their processes."""
-    from fusellm_ray.config import load_config
+    from fusellm_ray.config_file import load_config
 
     settings = load_config(config, overrides)
     from fusellm_ray.teachers.attach import running_cluster, take_down
@@ -377,7 +377,7 @@ def merge(
 @click.option("--step", type=_Step(), help="Checkpoint of this step, or best (default: the latest).")
 def export(config: Path, overrides: tuple[str, ...], out: Path, step: int | Literal["best"] | None) -> None:
     """Write a run's checkpoint as a folder that AutoModelForCausalLM loads, tokenizer included."""
-    from fusellm_ray.config import load_config
+    from fusellm_ray.config_file import load_config
 
     settings = load_config(config, overrides)
     from fusellm_ray.job import export_run
@@ -435,7 +435,7 @@ def _run_folder(run: str, overrides: tuple[str, ...]) -> str:
     if is_uri(run) or Path(run).is_dir():
         refuse_credentials(run, "the run's folder")  # it is printed
         return run
-    from fusellm_ray.config import load_config
+    from fusellm_ray.config_file import load_config
 
     settings = load_config(run, overrides).run
     return below(settings.storage, settings.name)

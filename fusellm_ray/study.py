@@ -17,19 +17,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fusellm_ray.config import (
-    PRESETS,
-    Config,
-    Frozen,
-    ModelConfig,
-    ReaderConfig,
-    TeacherConfig,
-    apply_override,
-    parse_config,
-    read_tree,
-    set_dotted,
-    validated,
-)
+from fusellm_ray.config import Config, Frozen, ModelConfig, ReaderConfig, TeacherConfig
+from fusellm_ray.config_file import PRESETS, apply_override, parse_config, read_tree, set_dotted, validated
 from fusellm_ray.credentials import refuse_credentials
 from fusellm_ray.errors import ConfigError
 

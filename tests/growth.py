@@ -14,7 +14,7 @@ from ray.cluster_utils import Cluster
 from ray.train import ScalingConfig
 
 from fusellm_ray import job
-from fusellm_ray.config import load_config
+from fusellm_ray.config_file import load_config
 from fusellm_ray.stream.memory import NO_DISK_ENVIRONMENT
 from tests.faults import Injector
 

@@ -17,7 +17,8 @@ import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.kuberay.utils import parse_quantity
 
-from fusellm_ray.config import Config, parse_config
+from fusellm_ray.config import Config
+from fusellm_ray.config_file import parse_config
 
 KUBERNETES = Path(__file__).parent.parent / "deploy" / "kubernetes"
 

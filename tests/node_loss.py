@@ -10,7 +10,7 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 
-from fusellm_ray.config import load_config
+from fusellm_ray.config_file import load_config
 from fusellm_ray.job import export_run, run_job
 from fusellm_ray.stream.memory import NO_DISK_ENVIRONMENT
 from tests.faults import Descendants, Injector

@@ -14,7 +14,8 @@ import pytest
 import ray
 import yaml
 
-from fusellm_ray.config import Config, parse_config
+from fusellm_ray.config import Config
+from fusellm_ray.config_file import parse_config
 from fusellm_ray.errors import ClusterError, ConfigError
 from fusellm_ray.job import run_job
 from fusellm_ray.plan import preflight

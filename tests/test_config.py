@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fusellm_ray.config import PRESETS, load_config, parse_config
+from fusellm_ray.config_file import PRESETS, load_config, parse_config
 from fusellm_ray.errors import ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"

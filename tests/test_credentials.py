@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusellm_ray.cli import main
-from fusellm_ray.config import load_config, parse_config
+from fusellm_ray.config_file import load_config, parse_config
 from fusellm_ray.credentials import find_credentials
 from fusellm_ray.errors import ConfigError
 from fusellm_ray.study import parse_study

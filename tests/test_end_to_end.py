@@ -22,7 +22,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fusellm_ray.config import Config, ModelConfig, parse_config
+from fusellm_ray.config import Config, ModelConfig
+from fusellm_ray.config_file import parse_config
 from fusellm_ray.errors import CheckpointError, ClusterError, ConfigError, ModelError
 from fusellm_ray.job import Outcome, export_run, run_job
 from fusellm_ray.observe.progress import Display

@@ -17,7 +17,8 @@ import pytest
 import ray.train
 import torch
 
-from fusellm_ray.config import EarlyStop, parse_config
+from fusellm_ray.config import EarlyStop
+from fusellm_ray.config_file import parse_config
 from fusellm_ray.corpus.rows import ShardReader
 from fusellm_ray.corpus.source import Corpus
 from fusellm_ray.corpus.tokens import ByteTokenizer

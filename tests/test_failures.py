@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from fusellm_ray.config import parse_config
+from fusellm_ray.config_file import parse_config
 from fusellm_ray.errors import ClusterError, ModelError
 from fusellm_ray.job import explain_failure
 from fusellm_ray.observe.failures import group_failures, ranges

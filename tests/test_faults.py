@@ -21,7 +21,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from fusellm_ray.config import parse_config
+from fusellm_ray.config_file import parse_config
 from fusellm_ray.errors import TeacherLostError
 from fusellm_ray.job import run_job
 from fusellm_ray.teachers.service import start_pools, stop_pools, wait_ready

@@ -22,7 +22,8 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 from fusellm_ray.cli import main
-from fusellm_ray.config import Config, ModelConfig, load_config
+from fusellm_ray.config import Config, ModelConfig
+from fusellm_ray.config_file import load_config
 from fusellm_ray.errors import CheckpointError, ConfigError
 from fusellm_ray.folders import below
 from fusellm_ray.job import export_run, run_job

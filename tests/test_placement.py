@@ -26,7 +26,7 @@ from tests.runs import build_run
 ON_A_CLUSTER_LIKE_RAYS_DEFAULT = """
 import sys
 import numpy, ray
-from fusellm_ray.config import load_config
+from fusellm_ray.config_file import load_config
 from fusellm_ray.errors import ClusterError
 from fusellm_ray.job import run_job
 from fusellm_ray.stream.memory import DiskWatch

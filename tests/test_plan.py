@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from fusellm_ray.config import Config, parse_config
+from fusellm_ray.config import Config
+from fusellm_ray.config_file import parse_config
 from fusellm_ray.errors import ClusterError, ConfigError
 from fusellm_ray.plan import _target_memory, make_plan, require_resources, unused_gpus
 from tests.models import tiny_model
@@ -164,7 +165,7 @@ def test_check_refuses_adapters_of_modules_that_are_not_there(tree: dict[str, An
 # In another process: to import vllm takes ten seconds and leaves much behind.
 VLLM_CHECK = """
 import os, sys
-from fusellm_ray.config import load_config
+from fusellm_ray.config_file import load_config
 from fusellm_ray.errors import FuseLLMError
 from fusellm_ray.plan import preflight
 before = dict(os.environ)

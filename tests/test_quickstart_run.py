@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from fusellm_ray.cli import main
-from fusellm_ray.config import parse_config
+from fusellm_ray.config_file import parse_config
 from fusellm_ray.quickstart import run
 from fusellm_ray.quickstart.run import quickstart_config
 from fusellm_ray.quickstart.text import DOMAINS

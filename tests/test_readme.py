@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from fusellm_ray.config import parse_config
+from fusellm_ray.config_file import parse_config
 from tests.rules_operation import parse_command
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")

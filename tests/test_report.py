@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusellm_ray.config import parse_config
+from fusellm_ray.config_file import parse_config
 from fusellm_ray.errors import ConfigError
 from fusellm_ray.report.charts import MAX_POINTS, Series, label, line_chart, thinned, ticks
 from fusellm_ray.report.write import SCORES_FILE, write_report

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fusellm_ray.config import PRESETS
+from fusellm_ray.config_file import PRESETS
 from fusellm_ray.errors import ConfigError
 from fusellm_ray.evaluate.comparison import Comparison
 from fusellm_ray.perplexity import DocumentScore

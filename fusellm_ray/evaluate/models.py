@@ -11,14 +11,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from fusellm_ray.config import (
-    ReaderConfig,
-    Resources,
-    SourceConfig,
-    TeacherConfig,
-    TransformersEngine,
-    validated,
-)
+from fusellm_ray.config import ReaderConfig, Resources, SourceConfig, TeacherConfig, TransformersEngine
+from fusellm_ray.config_file import validated
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.errors import ConfigError
 from fusellm_ray.evaluate.bootstrap import LEVEL, NUM_RESAMPLES, PairedBootstrap

@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
 import fusellm_ray
-from fusellm_ray.config import Config, ModelConfig, parse_config
+from fusellm_ray.config import Config, ModelConfig
+from fusellm_ray.config_file import parse_config
 from fusellm_ray.errors import ConfigError
 from fusellm_ray.evaluate.table import as_json, mean_bits_per_byte, print_scores
 from fusellm_ray.job import export_run, local_or_running_cluster, run_job

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fusellm_ray.config import parse_config
+from fusellm_ray.config_file import parse_config
 from fusellm_ray.errors import ConfigError, FuseLLMError
 from fusellm_ray.folders import is_uri, last_name
 from fusellm_ray.observe.records import History, read_records
