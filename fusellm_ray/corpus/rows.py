@@ -14,14 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fusellm_ray.corpus.source import Corpus, Document
 from fusellm_ray.corpus.tokens import ByteTokenizer, Encoding
 from fusellm_ray.errors import CorpusError, TokenizerError
+
+if TYPE_CHECKING:  # teachers know segments, and do without `datasets`, a second of their start
+    from fusellm_ray.corpus.source import Corpus, Document
 
 IGNORE_INDEX = -100
 
