@@ -22,6 +22,7 @@ from fusellm_ray.errors import EngineError
 from fusellm_ray.job import export_run
 from fusellm_ray.observe.progress import Display
 from fusellm_ray.stream.address import HandleTable
+from tests.runs import of_event
 
 
 class Injector(Display):
@@ -42,7 +43,7 @@ class Injector(Display):
 
     @property
     def losses(self) -> list[float]:
-        return [record["loss"] for record in self.records if record["event"] == "step"]
+        return [record["loss"] for record in of_event(self.records, "step")]
 
 
 def replica_pids(teacher: str, pool: Any) -> list[int]:

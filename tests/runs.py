@@ -7,6 +7,7 @@ import json
 import pydoc_data.topics
 import shutil
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,16 @@ def build_run(folder: Path, tokenizers: dict[str, Path], **sections: Any) -> dic
     for name, section in sections.items():
         tree[name] = tree.get(name, {}) | section if isinstance(section, dict) else section
     return tree
+
+
+def of_event(records: Iterable[dict[str, Any]], event: str) -> list[dict[str, Any]]:
+    """A run's records of one kind."""
+    return [record for record in records if record["event"] == event]
+
+
+def losses(records: Iterable[dict[str, Any]]) -> dict[int, float]:
+    """By step."""
+    return {record["step"]: record["loss"] for record in of_event(records, "step")}
 
 
 def named(tree: dict[str, Any], name: str, **sections: dict[str, Any]) -> Config:

@@ -20,7 +20,7 @@ from fusellm_ray.errors import FuseLLMError
 from fusellm_ray.evaluate.models import evaluate_models
 from fusellm_ray.job import Outcome
 from fusellm_ray.study import Study, parse_study
-from tests.runs import build_run, model_folder
+from tests.runs import build_run, model_folder, of_event
 
 
 def tiny_study(folder: Path, tokenizers: dict[str, Path], **changes: Any) -> Study:
@@ -61,9 +61,7 @@ def test_a_study_compares_all_kinds_of_arms_and_is_not_made_twice(
         arms["fused"]["mean"] - arms["clm"]["mean"]
     )
     metrics = study.folder / arms["fused"]["runs"]["0"] / "metrics.jsonl"
-    steps = [
-        record for record in map(json.loads, metrics.read_text().splitlines()) if record["event"] == "step"
-    ]
+    steps = of_event(map(json.loads, metrics.read_text().splitlines()), "step")
     assert [record["step"] for record in steps] == [1, 2]
     assert "teacher/left/win_share" in steps[0]
     # The same figures as `evaluate` gives.
@@ -146,7 +144,7 @@ def test_a_study_stopped_during_a_step_goes_on_there_with_each_seed_once(
 
     assert run_comparison(study)
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [record["step"] for record in records if record["event"] == "step"] == list(range(1, steps + 1))
+    assert [record["step"] for record in of_event(records, "step")] == list(range(1, steps + 1))
     told = json.loads((study.folder / "comparison.json").read_text())
     kd, untouched = told["models"]["kd"], told["models"]["untouched"]
     assert kd["seeds"]["0"]["mean"] != kd["seeds"]["1"]["mean"]

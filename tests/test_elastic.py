@@ -13,7 +13,7 @@ import yaml
 
 from fusellm_ray.job import run_job
 from tests.faults import Injector
-from tests.runs import build_run, named
+from tests.runs import build_run, named, of_event
 
 
 @pytest.mark.slow
@@ -51,8 +51,8 @@ def test_a_run_that_grows_to_a_new_node_and_shrinks_again_takes_the_same_steps(
     assert run_job(
         named(tree, "undisturbed", training={"steps": told["step"]}), display=undisturbed
     ).is_finished
-    wanted = {record["step"]: record for record in undisturbed.records if record["event"] == "step"}
-    steps = [record for record in told["records"] if record["event"] == "step"]
+    wanted = {record["step"]: record for record in of_event(undisturbed.records, "step")}
+    steps = of_event(told["records"], "step")
     assert {record["step"] for record in steps} == set(wanted)
     for record in steps:
         for part in ("loss", "loss/fusion"):

@@ -33,8 +33,8 @@ from fusellm_ray.perplexity import by_domain, evaluate_model, held_out_documents
 from fusellm_ray.plan import make_plan
 from fusellm_ray.target.storage import Checkpoints
 from fusellm_ray.teachers.service import start_pools, stop_pools
-from tests.faults import own_processes
-from tests.runs import build_run, named
+from tests.faults import own_processes, same_bits, weights
+from tests.runs import build_run, losses, named, of_event
 
 CONSTANT = {"schedule": "constant", "warmup_ratio": 0.0}
 
@@ -65,20 +65,8 @@ def _corpus_lines(config: Config) -> list[str]:
     return [line for s in config.corpus.sources for line in Path(s.path or "").read_text().splitlines()]
 
 
-def losses(config: Config) -> dict[int, float]:
-    lines = (Path(config.run.storage) / config.run.name / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    return {record["step"]: record["loss"] for record in records if record["event"] == "step"}
-
-
-def weights(config: Config, folder: Path) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(export_run(config, folder)).state_dict()
-
-
-def assert_same_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for name, tensor in left.items():
-        assert torch.equal(tensor, right[name]), name
+def records_of(config: Config) -> list[dict[str, Any]]:
+    return read_records(Checkpoints(config.run.storage, config.run.name).folder)
 
 
 class Noting(Display):
@@ -92,8 +80,7 @@ class Noting(Display):
 
 
 def test_every_step_is_recorded_with_each_teachers_figures(undisturbed: Config):
-    lines = (Path(undisturbed.run.storage) / "undisturbed" / "metrics.jsonl").read_text().splitlines()
-    steps = [r for r in map(json.loads, lines) if r["event"] == "step"]
+    steps = of_event(records_of(undisturbed), "step")
     assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]
     for record in steps:
         shares = [record[f"teacher/{name}/win_share"] for name in ("left", "right")]
@@ -128,11 +115,10 @@ def test_an_elastic_resume_on_the_one_rank_that_there_is_room_for_goes_on_with_t
     elastic = {"workers": {"min": 1, "max": 3}, "resources_per_worker": {"CPU": 0.2, "train_slot": 1}}
     second = named(tree, "resumed", trainer=elastic)
     assert run_job(second, pools=pools).is_finished
-    lines = (Path(second.run.storage) / "resumed" / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    assert [r["step"] for r in records if r["event"] == "step"] == [1, 2, 3, 4, 5, 6]
-    assert [r["ranks"] for r in records if r["event"] == "start"] == [2, 1]
-    assert losses(second) == pytest.approx(losses(undisturbed), rel=1e-6)
+    records = records_of(second)
+    assert [r["step"] for r in of_event(records, "step")] == [1, 2, 3, 4, 5, 6]
+    assert [r["ranks"] for r in of_event(records, "start")] == [2, 1]
+    assert losses(records) == pytest.approx(losses(records_of(undisturbed)), rel=1e-6)
 
 
 class KillRank(Display):
@@ -164,8 +150,8 @@ def test_a_killed_rank_comes_back_and_the_weights_are_those_of_an_undisturbed_ru
     assert len(killer.controllers) == 1
     assert not own_processes("ray::TrainController"), "it ends with its run, not with Ray"
     assert killer.starts[1] < 6
-    assert losses(config) == losses(undisturbed)
-    assert_same_weights(weights(config, tmp_path / "killed"), weights(undisturbed, tmp_path / "undisturbed"))
+    assert losses(records_of(config)) == losses(records_of(undisturbed))
+    assert same_bits(weights(config, tmp_path / "killed"), weights(undisturbed, tmp_path / "undisturbed"))
 
 
 def test_a_run_that_no_longer_improves_ends_finished_with_samples_and_its_best_model(
@@ -181,15 +167,14 @@ def test_a_run_that_no_longer_improves_ends_finished_with_samples_and_its_best_m
     early = {"early_stop": {"patience": 2, "min_delta": 100.0}}  # so that no evaluation is an improvement
     config = named(tree, "early", training=early, evaluation=evaluated, checkpoint={"keep_best": True})
     assert run_job(config, pools=pools) == Outcome(step=3, is_finished=True)
-    lines = (Path(config.run.storage) / "early" / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    records = records_of(config)
     assert run_job(config, pools=pools) == Outcome(step=3, is_finished=True)
-    bits = {r["step"]: r["bits_per_byte"] for r in records if r["event"] == "evaluation"}
+    bits = {r["step"]: r["bits_per_byte"] for r in of_event(records, "evaluation")}
     assert list(bits) == [1, 2, 3]
-    assert [(r["step"], r["prompt"]) for r in records if r["event"] == "sample"] == [
+    assert [(r["step"], r["prompt"]) for r in of_event(records, "sample")] == [
         (number, prompt) for number in bits for prompt in evaluated["prompts"]
     ]
-    (end,) = [record for record in records if record["event"] == "end"]
+    (end,) = of_event(records, "end")
     assert "no longer improve" in end["reason"]
     best = export_run(config, tmp_path / "best", step="best")
     documents = held_out_documents(config.evaluation.sources, 1000)
@@ -218,9 +203,9 @@ def test_a_finished_run_with_another_configuration_is_refused_by_name(
 
 
 def test_a_finished_run_is_left_alone(undisturbed: Config):
-    before = (Path(undisturbed.run.storage) / "undisturbed" / "metrics.jsonl").read_text()
+    before = records_of(undisturbed)
     assert run_job(undisturbed).is_finished
-    assert (Path(undisturbed.run.storage) / "undisturbed" / "metrics.jsonl").read_text() == before
+    assert records_of(undisturbed) == before
 
 
 def test_a_resume_refuses_another_corpus_and_says_what_changed(
@@ -268,15 +253,14 @@ def test_losses_that_are_no_numbers_are_skipped_then_end_the_run_naming_document
     config = named(tree, "diverged", training=diverging)
     with pytest.raises(ModelError, match=r"not finite, for the 2\. time.*documents: rank 0: .*jsonl"):
         run_job(config, pools=pools)
-    assert max(losses(config)) >= 2
+    assert max(losses(records_of(config))) >= 2
 
 
 def test_more_than_this_machine_has_is_refused_at_once_and_recorded(tree: dict[str, Any], ray_session: None):
     greedy = named(tree, "greedy", trainer={"resources_per_worker": {"CPU": 1000}})
     with pytest.raises(ClusterError, match=r"CPU: asked 2000.*there 8"):
         run_job(greedy)
-    records = read_records(Checkpoints(greedy.run.storage, greedy.run.name).folder)
-    assert state_of(History.of(records), time.time()).text.startswith("failed: ")
+    assert state_of(History.of(records_of(greedy)), time.time()).text.startswith("failed: ")
 
 
 def test_rows_longer_than_the_target_reads_are_refused(tree: dict[str, Any]):
@@ -338,5 +322,5 @@ def test_a_stopped_run_goes_on_where_it_was_and_leaves_no_process(
 
     resumed = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert resumed.returncode == 0, resumed.stderr
-    assert losses(config) == losses(undisturbed)
-    assert_same_weights(weights(config, tmp_path / "stopped"), weights(undisturbed, tmp_path / "undisturbed"))
+    assert losses(records_of(config)) == losses(records_of(undisturbed))
+    assert same_bits(weights(config, tmp_path / "stopped"), weights(undisturbed, tmp_path / "undisturbed"))

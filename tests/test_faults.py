@@ -26,7 +26,7 @@ from fusellm_ray.errors import TeacherLostError
 from fusellm_ray.job import run_job
 from fusellm_ray.teachers.service import start_pools, stop_pools, wait_ready
 from tests.faults import FaultyPool, Injector, kill, own_processes, replica_pids, same_bits, weights
-from tests.runs import build_run, named
+from tests.runs import build_run, named, of_event
 
 STEPS = 18
 PACE = {"type": "simulated", "tokens_per_s": 1500}
@@ -179,7 +179,7 @@ def test_a_run_goes_on_without_a_lost_teacher_and_takes_it_back(
         assert not run_job(config, display=seen, pools=pools).is_finished
     finally:
         seen.signal_all(signal.SIGCONT)
-    steps = [r for r in seen.records if r["event"] == "step"]
+    steps = of_event(seen.records, "step")
     assert steps[0]["loss"] == undisturbed[0][0]
     dropped = {
         r["step"]: r["teacher/left/dropped_tokens"] for r in steps if "teacher/left/dropped_tokens" in r

@@ -23,7 +23,7 @@ import yaml
 from fusellm_ray.exposure import is_open
 from fusellm_ray.target.storage import Checkpoints
 from tests.head import Head, free_ports
-from tests.runs import build_run
+from tests.runs import build_run, of_event
 
 GRAFANA = Path(__file__).parents[1] / "deploy" / "grafana"
 STOP_WAIT = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120"}})
@@ -265,7 +265,7 @@ def test_the_same_job_submitted_again_goes_on_and_succeeds(
     assert f"end  step {last}  reason finished" in text
     assert ask(ray_head, "/api/jobs/again", ray_head.token)["status"] == "SUCCEEDED"
     lines = (Path(tree["run"]["storage"]) / "run" / "metrics.jsonl").read_text().splitlines()
-    steps = [record["step"] for record in map(json.loads, lines) if record["event"] == "step"]
+    steps = [record["step"] for record in of_event(map(json.loads, lines), "step")]
     assert steps == list(range(1, last + 1))
 
 

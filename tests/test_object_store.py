@@ -11,15 +11,12 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import boto3
 import pyarrow.fs
 import pytest
-import torch
 import yaml
 from click.testing import CliRunner
-from transformers import AutoModelForCausalLM
 
 from fusellm_ray.cli import main
 from fusellm_ray.config import Config, ModelConfig
@@ -30,8 +27,9 @@ from fusellm_ray.job import export_run, run_job
 from fusellm_ray.observe.records import RecordLog, read_records
 from fusellm_ray.perplexity import by_domain, evaluate_model, held_out_documents
 from fusellm_ray.target.storage import Checkpoints, best_folder, step_folder
+from tests.faults import same_bits, weights
 from tests.head import free_ports
-from tests.runs import build_run, named
+from tests.runs import build_run, losses, named, of_event
 from tests.test_storage import FILES, state_text
 
 SETUP = {"region_name": "us-east-1", "aws_access_key_id": "setup", "aws_secret_access_key": "setup"}
@@ -116,14 +114,6 @@ def names(folder: str) -> set[str]:
     return {entry.base_name for entry in filesystem.get_file_info(pyarrow.fs.FileSelector(path))}
 
 
-def losses(records: list[dict[str, Any]]) -> dict[int, float]:
-    return {record["step"]: record["loss"] for record in records if record["event"] == "step"}
-
-
-def weights(config: Config, out: Path) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(export_run(config, out)).state_dict()
-
-
 def mean_bits_per_byte(model: Path, config: Config) -> float:
     documents = held_out_documents(config.evaluation.sources, config.evaluation.max_bytes)
     scores = by_domain(
@@ -141,8 +131,8 @@ def test_a_run_in_a_bucket_resumes_keeps_its_latest_and_best_and_is_watched_and_
 
     config, folder = load_config(run), below(storage, "run")
     records = read_records(folder)
-    assert [r["step"] for r in records if r["event"] == "start"] == [0, 3]
-    bits = {r["step"]: r["bits_per_byte"] for r in records if r["event"] == "evaluation"}
+    assert [r["step"] for r in of_event(records, "start")] == [0, 3]
+    bits = {r["step"]: r["bits_per_byte"] for r in of_event(records, "evaluation")}
     best = min(bits, key=lambda step: bits[step])
     assert Checkpoints(storage, "run").steps() == [4, 5]
     kept = {name for name in names(folder) if name.startswith(("step_", "best_"))}
@@ -162,9 +152,7 @@ def test_a_run_in_a_bucket_resumes_keeps_its_latest_and_best_and_is_watched_and_
     local = named(tree, "run")
     assert run_job(local).is_finished
     assert losses(records) == losses(read_records(str(tmp_path / "local" / "run")))
-    wanted = weights(local, tmp_path / "wanted")
-    for name, tensor in weights(config, tmp_path / "last").items():
-        assert torch.equal(tensor, wanted[name]), name
+    assert same_bits(weights(config, tmp_path / "last"), weights(local, tmp_path / "wanted"))
 
 
 def test_in_a_bucket_a_checkpoint_counts_once_its_last_file_has_arrived(storage: str) -> None:

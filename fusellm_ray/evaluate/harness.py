@@ -183,7 +183,12 @@ def task_grid(scores: Mapping[str, TaskScores], columns: Sequence[str]) -> Grid:
         f"{task} ({metric}{'; lower is better' if best_of[metric] is min else ''})"
         for task, metric in tasks.items()
     ]
-    return Grid("tasks, ± their standard error (higher is better)", ["model", *headings], rows, best)
+    return Grid(
+        "tasks, ± their standard error; higher is better unless a column says otherwise",
+        ["model", *headings],
+        rows,
+        best,
+    )
 
 
 def main_metric(values: Mapping[str, float]) -> str:
