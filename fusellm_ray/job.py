@@ -32,6 +32,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fusellm_ray import plan
@@ -143,7 +144,8 @@ def run_job(
                 pools = attach(config)
             if pools is None:
                 pools = own_pools = start_pools(config)
-            descriptions = wait_ready(pools, config.run.start_timeout_s, display)
+            with places_for_ranks(config) if missing else contextlib.nullcontext():
+                descriptions = wait_ready(pools, config.run.start_timeout_s, display)
             refuse_other_teachers(descriptions, identity["teachers"])
             disk = stack.enter_context(contextlib.closing(DiskWatch(refuse=not config.stream.allow_spilling)))
             addresses = tuple(
@@ -249,6 +251,21 @@ def start_private_ray(**options: Any) -> None:
         ray.init(address="local", include_dashboard=False, log_to_driver=False, **options)
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = usual
+
+
+@contextlib.contextmanager
+def places_for_ranks(config: Config) -> Iterator[None]:
+    """Ask for the ranks' places, until Ray Train does: an autoscaler then brings their nodes while teachers load.
+
+    Only for clusters that must grow: on others teachers, which may need a node to themselves, should choose first.
+    """
+    amounts = plan.rank_resources(config)
+    group = placement_group([amounts] * config.trainer.workers.min) if amounts else None
+    try:
+        yield
+    finally:
+        if group is not None:
+            remove_placement_group(group)
 
 
 def _ray_processes() -> list[psutil.Process]:

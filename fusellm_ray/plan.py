@@ -217,11 +217,14 @@ def _asking(config: Config, *, with_teachers: bool) -> list[_Asking]:
     asking: list[_Asking] = []
     for teacher in config.active_teachers if with_teachers else ():
         asking += _asking_of(teacher, teacher.replicas.min)
-    # As Ray Train counts: a rank asks for its GPU, or else one CPU, unless it is told what to ask for.
+    return [*asking, _Asking("ranks", config.trainer.workers.min, rank_resources(config), Resources())]
+
+
+def rank_resources(config: Config) -> dict[str, float]:
+    """What each rank asks for, as Ray Train counts: its GPU, or else one CPU, unless it is told what to ask for."""
     own = {"GPU": 1.0} if config.trainer.use_gpu else {}
     told = config.trainer.resources_per_worker
-    amounts = own | told if told else own or {"CPU": 1.0}
-    return [*asking, _Asking("ranks", config.trainer.workers.min, _positive(amounts), Resources())]
+    return _positive(own | told if told else own or {"CPU": 1.0})
 
 
 def _asking_of(teacher: TeacherConfig, replicas: int) -> list[_Asking]:

@@ -1,4 +1,4 @@
-"""Nodes come with a teacher's replicas and go with them: Ray's autoscaler is real, its nodes are processes here."""
+"""Nodes come with replicas and ranks and go with them: Ray's autoscaler is real, its nodes are processes here."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import ray
 
 from fusellm_ray.config import Config
+from fusellm_ray.job import places_for_ranks
 from fusellm_ray.stream.memory import DiskWatch
 from fusellm_ray.teachers.service import start_pools, stop_pools, wait_ready
 from tests.head import running_head
@@ -26,8 +27,7 @@ def config_of(model: str) -> Config:
         "name": "scaled",
         "model": model,
         "engine": {"type": "simulated"},
-        "replicas": {"min": 2, "max": 2},
-        "resources": {"num_cpus": 0, "custom": {"teacher_slot": 1}},
+        "resources": {"num_cpus": 0, "custom": {"slot": 1}},
     }
     return Config.model_validate(
         {
@@ -36,35 +36,45 @@ def config_of(model: str) -> Config:
             "teachers": [teacher],
             "corpus": {"sources": [{"name": "none", "path": "none"}]},
             "training": {"steps": 1},
+            "trainer": {"resources_per_worker": {"slot": 1}},
         }
     )
 
 
-def num_teacher_nodes() -> int:
-    return sum(node["Alive"] and "teacher_slot" in node["Resources"] for node in ray.nodes())
+def num_nodes() -> int:
+    return sum(node["Alive"] and "slot" in node["Resources"] for node in ray.nodes())
+
+
+def wait_for_nodes(count: int) -> int:
+    """How many there are once there are so many, or the time is up."""
+    give_up = time.monotonic() + PATIENCE_S
+    while num_nodes() != count and time.monotonic() < give_up:
+        time.sleep(0.5)
+    return num_nodes()
 
 
 def drive(model: str) -> None:
-    """Print how many nodes there are for teachers before, while and after there are any."""
+    """Print how many nodes there are before, while and after a teacher and a rank ask for one each."""
     ray.init(log_to_driver=False)
-    seen = [num_teacher_nodes()]
-    pools = start_pools(config_of(model))
+    config = config_of(model)
+    seen = [num_nodes()]
+    pools = start_pools(config)
     try:
-        wait_ready(pools, PATIENCE_S)
-        seen.append(num_teacher_nodes())
-        DiskWatch(refuse=True)
+        with places_for_ranks(config):
+            wait_ready(pools, PATIENCE_S)
+            seen.append(wait_for_nodes(2))
+            DiskWatch(refuse=True)
     finally:
         stop_pools(pools)
-    give_up = time.monotonic() + PATIENCE_S
-    while num_teacher_nodes() and time.monotonic() < give_up:
-        time.sleep(0.5)
-    print(json.dumps([*seen, num_teacher_nodes()]))
+    print(json.dumps([*seen, wait_for_nodes(0)]))
 
 
 @pytest.mark.slow
-def test_the_autoscaler_brings_nodes_for_replicas_and_takes_them_when_these_are_gone(tmp_path: Path) -> None:
+def test_the_autoscaler_brings_nodes_for_replicas_and_ranks_and_takes_them_when_these_are_gone(
+    tmp_path: Path,
+) -> None:
     model = build("llama", tiny_model("llama", VOCAB_SIZE, tmp_path / "model"))
-    with running_head(num_cpus=1, scaled_node={"teacher_slot": 1, "object_store_memory": 80 << 20}) as head:
+    with running_head(num_cpus=1, scaled_node={"slot": 1, "object_store_memory": 80 << 20}) as head:
         command = [sys.executable, "-m", "tests.test_autoscaling", str(model)]
         done = subprocess.run(command, capture_output=True, text=True, env=head.environment, timeout=500)
         log = (head.folder / "session_latest" / "logs" / "monitor.log").read_text()
