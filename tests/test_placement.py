@@ -17,9 +17,10 @@ import yaml
 
 from fusellm_ray.config import Config, Resources
 from fusellm_ray.errors import ClusterError
+from fusellm_ray.job import places_for_ranks
 from fusellm_ray.plan import require_resources
 from fusellm_ray.stream.memory import NO_DISK_ENVIRONMENT, DiskWatch, Raylet, read_raylet, ways_to_disk
-from fusellm_ray.teachers.service import stop_pools, wait_ready
+from fusellm_ray.teachers.service import _shortage, stop_pools, wait_ready
 from fusellm_ray.teachers.supervisor import PoolSupervisor
 from tests.runs import build_run
 
@@ -116,6 +117,27 @@ def test_replicas_wait_for_a_node_with_their_labels(ray_session: None) -> None:
             wait_ready(pools, 1)
     finally:
         stop_pools(pools)
+
+
+def test_ranks_have_their_places_while_teachers_load_and_a_shortage_is_told_without_ray_s_names_for_them(
+    ray_session: None,
+) -> None:
+    def train_slots() -> float:
+        return ray.available_resources().get("train_slot", 0)
+
+    def wait_for(slots: float) -> None:
+        give_up = time.monotonic() + 60
+        while train_slots() != slots and time.monotonic() < give_up:
+            time.sleep(0.1)
+        assert train_slots() == slots
+
+    tree = run_config().model_dump() | {"trainer": {"resources_per_worker": {"train_slot": 1}}}
+    wait_for(1)
+    with places_for_ranks(Config.model_validate(tree)):
+        wait_for(0)
+        told = _shortage()
+    wait_for(1)
+    assert told == "The cluster has CPU 8, train_slot 1; free: CPU 8"
 
 
 # ---------------------------------------------------------------------------------------- disk

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +23,8 @@ from fusellm_ray.teachers.supervisor import PoolSupervisor
 
 SLOW_START_S = 60.0
 """After so long without what was asked for, the driver says what it waits for."""
+_UNTOLD = re.compile(r"node:|memory|object_store_memory|\w+_group_(\d+_)?[0-9a-f]{36}$")
+"""Resources that help nobody who asks why replicas wait; the last ones are a placement group's part of another."""
 
 
 def start_pools(config: Config) -> dict[str, Any]:
@@ -210,7 +213,7 @@ def _line(status: PoolStatus | None) -> str:
 
 def _shortage() -> str:
     total, free = ray.cluster_resources(), ray.available_resources()
-    kinds = sorted(key for key in total if not key.startswith(("node:", "object_store_memory", "memory")))
+    kinds = sorted(name for name in total if not _UNTOLD.match(name))
     has, rest = ({kind: amounts.get(kind, 0) for kind in kinds} for amounts in (total, free))
     return f"The cluster has {_amounts(has)}; free: {_amounts(rest)}"
 
