@@ -301,9 +301,7 @@ def make_micro_batch(
 
 def _teacher_part(answer: Sequence[Aligned]) -> TeacherPart:
     def joined(name: str, dtype: np.typing.DTypeLike) -> Tensor:
-        return torch.from_numpy(
-            np.concatenate([getattr(part, name) for part in answer]).astype(dtype, copy=False)
-        )
+        return torch.from_numpy(np.concatenate([getattr(part, name) for part in answer], dtype=dtype))
 
     return TeacherPart(
         candidates=Candidates(
