@@ -159,7 +159,8 @@ def run_job(
                 )
                 for t in config.active_teachers
             )
-            return _fit(config, addresses, identity, checkpoints, display, log, stop, disk)
+            task = TrainTask(config=config, teachers=addresses, control=_start_control(), identity=identity)
+            return _fit(task, checkpoints, display, log, stop, disk)
         except KeyboardInterrupt:
             for supervisor in set(own_pools.values()):
                 ray.kill(supervisor)  # replicas go with it
@@ -340,19 +341,15 @@ class _Trainer(ray.train.torch.TorchTrainer):
         return [*kept, NoDatasets()]
 
 
-def _fit(
-    config: Config,
-    addresses: tuple[TeacherAddress, ...],
-    identity: dict[str, Any],
-    checkpoints: Checkpoints,
-    display: Display,
-    log: RecordLog,
-    stop: _Stop,
-    disk: DiskWatch,
-) -> Outcome:
+def _start_control() -> Any:
+    """The actor between this driver and the ranks, on this node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    control: Any = ray.remote(RunControl).options(num_cpus=0, scheduling_strategy=here).remote()
-    task = TrainTask(config=config, teachers=addresses, control=control, identity=identity)
+    return ray.remote(RunControl).options(num_cpus=0, scheduling_strategy=here).remote()
+
+
+def _make_trainer(task: TrainTask, storage: str) -> _Trainer:
+    """Ray Train, set to this run's patience by its environment, too."""
+    config = task.config
     # Workers keep the job's working directory, so that relative paths mean the same everywhere.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     placement_s = config.run.start_timeout_s
@@ -361,7 +358,7 @@ def _fit(
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(placement_s)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     workers = config.trainer.workers
-    trainer = _Trainer(
+    return _Trainer(
         run_rank,
         train_loop_config={"task": task},
         # A rank that waits for a teacher keeps the others in a collective: the stream's deadline must come first.
@@ -376,16 +373,25 @@ def _fit(
         ),
         run_config=RayRunConfig(
             name=config.run.name,
-            storage_path=checkpoints.storage,
+            storage_path=storage,
             # Ray's default for a group that cannot be placed is to try for ever.
             failure_config=FailureConfig(  # type: ignore[call-arg]  # Ray's annotation is of V1
                 max_failures=config.trainer.max_failures,
                 controller_failure_limit=round(_patience_s(config) / placement_s) - 1,
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.checkpoint.keep),
-            callbacks=[RaiseLastingErrors(), NameController(control)],  # type: ignore[list-item]  # annotated for V1
+            callbacks=[RaiseLastingErrors(), NameController(task.control)],  # type: ignore[list-item]  # annotated for V1
         ),
     )
+
+
+def _fit(
+    task: TrainTask, checkpoints: Checkpoints, display: Display, log: RecordLog, stop: _Stop, disk: DiskWatch
+) -> Outcome:
+    """Train to the end of the run; meanwhile bring records and wishes from one side to the other."""
+    config = task.config
+    control: Any = task.control  # Ray's handles have no types
+    trainer = _make_trainer(task, checkpoints.storage)
     failure: list[BaseException] = []
 
     def fit() -> None:
@@ -397,8 +403,8 @@ def _fit(
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     settings = config.model_dump(mode="json")
     sinks = Sinks(config.run.sinks, checkpoints.folder, settings, on_problem=display.note)
-    watch = PoolWatch({address.name: address.pool for address in addresses})
-    losses = TeacherLosses([address.name for address in addresses])
+    watch = PoolWatch({teacher.name: teacher.pool for teacher in task.teachers})
+    losses = TeacherLosses([teacher.name for teacher in task.teachers])
     with contextlib.suppress(ConfigError):  # a damaged record is no reason not to train
         for record in log.so_far():
             losses.notes(record)
