@@ -23,7 +23,7 @@ from fusellm_ray.errors import ConfigError, EngineError, ModelError
 from fusellm_ray.models import check_head, hidden_states, lm_head, load_causal_lm, model_facts, use_cpu
 from fusellm_ray.teachers.engine import Scores, check_scores
 
-_CHUNK_LOGITS = {"cpu": 8 << 20, "cuda": 128 << 20}
+_CHUNK_LOGITS = {"cpu": 32 << 20, "cuda": 128 << 20}
 """Logits that exist at once, where the head can be applied apart."""
 _WHOLE_LOGITS = 256 << 20
 """Logits of one forward pass, where it cannot."""
