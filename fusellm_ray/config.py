@@ -305,10 +305,12 @@ class TeacherConfig(ReaderConfig):
                 f"engine.tensor_parallel_size × engine.args.pipeline_parallel_size = {ranks} GPUs in one replica, and "
                 f"resources.num_gpus={num_gpus:g}; set num_gpus to {ranks}"
             )
-        if num_gpus < self.engine.gpu_memory_utilization and num_gpus < 1:
+        share, taken = min(num_gpus, 1.0), self.engine.gpu_memory_utilization
+        if share <= taken:
             raise ValueError(
-                f"resources.num_gpus={num_gpus:g} shares a GPU, of whose memory engine.gpu_memory_utilization="
-                f"{self.engine.gpu_memory_utilization:g} takes more; lower that to at most {num_gpus:g}"
+                f"resources.num_gpus={num_gpus:g} gives a replica {share:g} of a GPU's memory, and "
+                f"engine.gpu_memory_utilization={taken:g} leaves nothing of it for logits; lower that to about "
+                f"{0.8 * share:g}"
             )
         return self
 

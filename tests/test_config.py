@@ -218,11 +218,16 @@ def test_a_number_of_stages_that_is_none_is_refused(stages: object):
 
 
 def test_vllm_replicas_that_share_a_gpu_share_its_memory():
+    says = "engine.gpu_memory_utilization=0.5 leaves nothing of it for logits; lower that to about 0.4"
+    assert says in refused(vllm_teacher(0.5, gpu_memory_utilization=0.5))
+    parse_config(vllm_teacher(0.5, gpu_memory_utilization=0.4))
+
+
+def test_a_vllm_replica_leaves_some_of_its_gpu_for_logits():
     says = (
-        "num_gpus=0.5 shares a GPU, of whose memory engine.gpu_memory_utilization=0.8 takes more; lower that"
+        "num_gpus=1 gives a replica 1 of a GPU's memory, and engine.gpu_memory_utilization=1 leaves nothing"
     )
-    assert says in refused(vllm_teacher(0.5))
-    parse_config(vllm_teacher(0.5, gpu_memory_utilization=0.45))
+    assert says in refused(vllm_teacher(1, gpu_memory_utilization=1.0))
 
 
 def test_a_context_that_leaves_vllm_prompts_of_one_token_is_refused():

@@ -11,10 +11,13 @@ from fusellm_ray.teachers.scaling import QUIET_LOOKS, Decision, Load, Scaler
 BOUNDS = Replicas(min=1, max=8)
 
 
-def load(ready: int, busy: float, wait: float, starting: int = 0, queued_tokens: int = 60_000) -> Load:
+def load(
+    ready: int, busy: float, wait: float, starting: int = 0, refused: int = 0, queued_tokens: int = 60_000
+) -> Load:
     return Load(
         ready=ready,
         starting=starting,
+        refused=refused,
         busy=busy,
         wait=wait,
         queued_tokens=queued_tokens,
@@ -48,6 +51,13 @@ def test_no_more_than_max() -> None:
     decision = Scaler(BOUNDS).decide(load(8, busy=1.0, wait=2.0))
     assert decision.replicas == 8
     assert "replicas.max=8" in decision.reason
+
+
+def test_a_refused_replica_takes_a_place_and_is_the_first_to_go() -> None:
+    scaler = Scaler(Replicas(min=1, max=2))
+    assert scaler.decide(load(1, busy=1.0, wait=2.0, refused=1)).replicas == 2
+    decided = [scaler.decide(load(1, busy=0.7, wait=0.0, refused=1)).replicas for _ in range(QUIET_LOOKS)]
+    assert decided == [2] * (QUIET_LOOKS - 1) + [1]
 
 
 def test_busy_replicas_alone_or_waiting_ranks_alone_change_nothing() -> None:

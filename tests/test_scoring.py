@@ -1,13 +1,19 @@
-"""Long segments in windows: no prediction is lost, and none is made without context."""
+"""Long segments in windows: no prediction is lost, and none is made without context. Text that cannot be read."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
+from fusellm_ray.corpus.rows import Segment
+from fusellm_ray.corpus.tokens import ByteTokenizer
+from fusellm_ray.errors import TokenizerError
 from fusellm_ray.teachers.engine import Scores
-from fusellm_ray.teachers.scoring import join_windows, windows
+from fusellm_ray.teachers.scoring import TeacherScorer, join_windows, windows
 
 BOS = 1_000_000
 
@@ -46,3 +52,17 @@ def test_rows_of_windows_join_to_the_rows_of_the_sequence(length: int, max_conte
     np.testing.assert_array_equal(joined.top_ids[:, 0], ids[1:])
     np.testing.assert_array_equal(joined.top_logprobs[:, 0], -ids[1:].astype(np.float32))
     np.testing.assert_array_equal(joined.gold_logprobs, -ids[1:].astype(np.float32))
+
+
+def test_a_teacher_that_cannot_read_a_text_names_its_document() -> None:
+    letters = models.BPE({"<unk>": 0, "a": 1, "b": 2}, [], unk_token="<unk>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(letters))
+    none = np.zeros(0, np.int32)
+    segments = [
+        Segment(text=text.encode(), ids=none, ends=none, ends_document=True, domain="prose", document=name)
+        for text, name in (("ab", "first"), ("a€", "second"))
+    ]
+    scorer = object.__new__(TeacherScorer)  # without an engine, which comes after
+    scorer._name, scorer.tokenizer = "left", ByteTokenizer(fast, "letters")
+    with pytest.raises(TokenizerError, match=r"teacher left: in a part of document second: letters: .*'€'"):
+        scorer._tokenise(segments)

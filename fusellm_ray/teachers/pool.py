@@ -389,7 +389,7 @@ class TeacherPool:
             load = self._measure(now - measured_at)
             measured_at = now
             decision = self._scaler.decide(load)
-            current = load.ready + load.starting
+            current = load.replicas
             if decision.replicas == current:
                 continue
             logger.warning(
@@ -406,12 +406,12 @@ class TeacherPool:
                 self._remove_one()
 
     def _remove_one(self) -> None:
-        """The latest that is not up yet, which nobody waits for; else the latest."""
+        """The latest that was refused or is not up yet, which nobody waits for; else the latest."""
         by_state: dict[str, list[_Member]] = {}
         for member in self._members.values():
             by_state.setdefault(member.state, []).append(member)
-        if by_state.get("starting"):
-            member = self._members.pop(by_state["starting"][-1].number)
+        if unready := by_state.get("refused") or by_state.get("starting"):
+            member = self._members.pop(unready[-1].number)
             if member.tending is not None:
                 member.tending.cancel()
             ray.kill(member.handle)
@@ -436,6 +436,7 @@ class TeacherPool:
         return Load(
             ready=len(ready),
             starting=sum(m.state == "starting" for m in self._members.values()),
+            refused=sum(m.state == "refused" for m in self._members.values()),
             busy=min(1.0, busy_s / watched_s) if watched_s else 0.0,
             wait=waited_s / seconds,
             queued_tokens=queued,

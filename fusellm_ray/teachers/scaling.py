@@ -25,6 +25,8 @@ class Load:
 
     ready: int
     starting: int
+    refused: int
+    """Up, but other than the first; each tries again for as long as it is there."""
     busy: float
     """Mean share of the time that the ready replicas' engines had something to do."""
     wait: float
@@ -32,6 +34,11 @@ class Load:
     queued_tokens: int
     tokens_per_s: float
     """Of one replica while it is busy; 0 if unknown."""
+
+    @property
+    def replicas(self) -> int:
+        """All that hold or want a place."""
+        return self.ready + self.starting + self.refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +58,8 @@ class Scaler:
 
     def decide(self, load: Load) -> Decision:
         """Add as many as ranks' waiting asks for where replicas are busy, up to half as many again; take one away
-        after a long quiet time, one that is still starting first."""
-        current = load.ready + load.starting
+        after a long quiet time, one that is not ready first."""
+        current = load.replicas
         measured = f"ranks wait {load.wait:.2f} s a second, replicas are busy {load.busy:.0%}"
         needed = max(self._bounds.min, math.ceil(load.ready * load.busy / BUSY - 1e-9))
         is_quiet = load.wait < WAITING and needed < current

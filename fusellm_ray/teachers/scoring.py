@@ -29,7 +29,7 @@ from fusellm_ray.alignment.project import Aligned, Aligner
 from fusellm_ray.config import AlignmentConfig, ModelConfig, SimulatedEngine, TeacherConfig, VllmEngine
 from fusellm_ray.corpus.rows import Segment
 from fusellm_ray.corpus.tokens import ByteTokenizer, Encoding
-from fusellm_ray.errors import ConfigError, EngineError
+from fusellm_ray.errors import ConfigError, EngineError, TokenizerError
 from fusellm_ray.stream import frame
 from fusellm_ray.teachers.cache import AnswerCache
 from fusellm_ray.teachers.engine import Scores, make_engine
@@ -216,12 +216,23 @@ class TeacherScorer:
         return await loop.run_in_executor(self._thread, self._align, segments, prompts, scores, stats)
 
     def _tokenise(self, segments: Sequence[Segment]) -> list[Prompts]:
-        encodings = self.tokenizer.encode_batch([s.text.decode() for s in segments])
+        try:
+            encodings = self.tokenizer.encode_batch([s.text.decode() for s in segments])
+        except TokenizerError:
+            encodings = [self._encode_one(s) for s in segments]  # to know which one it is
         made = []
         for encoding, segment in zip(encodings, segments, strict=True):
             tokens = self.tokenizer.framed(encoding, segment.ends_document)
             made.append(Prompts(tokens, windows(tokens.ids, self.engine.max_context, self.tokenizer.bos_id)))
         return made
+
+    def _encode_one(self, segment: Segment) -> Encoding:
+        try:
+            return self.tokenizer.encode(segment.text.decode())
+        except TokenizerError as error:
+            raise TokenizerError(
+                f"teacher {self._name}: in a part of document {segment.document}: {error}"
+            ) from error
 
     def _align(
         self,
