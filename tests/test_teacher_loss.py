@@ -120,8 +120,19 @@ def test_losses_and_returns_are_said_once_and_tokens_are_added_up() -> None:
     assert losses.dropped_tokens == {"a": 70, "b": 40}
 
 
+START = {"event": "start", "step": 0}
+
+
 def test_a_step_that_a_restart_repeats_counts_once() -> None:
     losses = TeacherLosses(["a", "b"])
-    for record in (step(1, a=10), step(2, a=20), step(3), step(2, a=5), step(3)):
+    for record in (step(1, a=10), step(2, a=20), step(3), START | {"step": 1}, step(2, a=5), step(3)):
         losses.notes(record)
     assert losses.dropped_tokens == {"a": 15}
+
+
+def test_a_loss_whose_steps_a_restart_takes_again_is_forgotten() -> None:
+    losses = TeacherLosses(["a", "b"])
+    for record in (START, step(1, a=10), START):
+        losses.notes(record)
+    assert losses.notes(step(1)) == []
+    assert losses.dropped_tokens == {}

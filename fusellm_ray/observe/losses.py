@@ -11,7 +11,7 @@ class TeacherLosses:
 
     def __init__(self, teachers: Sequence[str]) -> None:
         self._lost: dict[str, bool] = dict.fromkeys(teachers, False)
-        self._dropped: dict[str, dict[int, int]] = {}  # by teacher and step: a restart repeats steps
+        self._dropped: dict[str, dict[int, int]] = {}
 
     @property
     def dropped_tokens(self) -> dict[str, int]:
@@ -20,6 +20,8 @@ class TeacherLosses:
 
     def notes(self, record: Mapping[str, Any]) -> list[str]:
         """What a person should hear of this record: losses and returns, not each step of a loss."""
+        if record["event"] == "start":
+            self._forget_after(record["step"])
         if record["event"] != "step" or not self._lost:
             return []
         step, said = record["step"], []
@@ -42,3 +44,9 @@ class TeacherLosses:
                 f"step {step}: ALL teachers are lost: tokens without any teacher are trained on CLM only"
             )
         return said
+
+    def _forget_after(self, step: int) -> None:
+        """Later steps are taken again."""
+        for name, steps in self._dropped.items():
+            kept = self._dropped[name] = {s: tokens for s, tokens in steps.items() if s <= step}
+            self._lost[name] = bool(kept.get(step))
