@@ -218,9 +218,14 @@ def test_a_number_of_stages_that_is_none_is_refused(stages: object):
 
 
 def test_vllm_replicas_that_share_a_gpu_share_its_memory():
-    says = "engine.gpu_memory_utilization=0.5 leaves nothing of it for logits; lower that to about 0.4"
-    assert says in refused(vllm_teacher(0.5, gpu_memory_utilization=0.5))
-    parse_config(vllm_teacher(0.5, gpu_memory_utilization=0.4))
+    for taken in (0.8, 0.5):
+        says = (
+            f"num_gpus=0.5 gives a replica 0.5 of a GPU's memory, and engine.gpu_memory_utilization={taken} leaves "
+            "nothing of it for logits; lower that to about 0.4"
+        )
+        assert says in refused(vllm_teacher(0.5, gpu_memory_utilization=taken))
+    assert "engine.gpu_memory_utilization=0.8" in refused(vllm_teacher(0.5))  # the default
+    parse_config(vllm_teacher(0.5, gpu_memory_utilization=0.45))
 
 
 def test_a_vllm_replica_leaves_some_of_its_gpu_for_logits():

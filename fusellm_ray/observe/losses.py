@@ -35,9 +35,8 @@ class TeacherLosses:
                     "(stream.on_teacher_loss=drop)"
                 )
             elif was_lost and not dropped:
-                said.append(
-                    f"step {step}: teacher {name} is back; {self.dropped_tokens[name]} tokens went without it"
-                )
+                tokens = self.dropped_tokens.get(name, 0)
+                said.append(f"step {step}: teacher {name} is back; {tokens} tokens went without it")
             self._lost[name] = bool(dropped)
         if all(self._lost.values()) and not were_all_lost:
             said.append(
