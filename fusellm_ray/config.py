@@ -398,6 +398,11 @@ class AlignmentConfig(Frozen):
     projection: Literal["exact", "mined", "prefix"] = "prefix"
     """How teacher ids become target ids; mined is the paper's."""
 
+    @property
+    def has_one_hot(self) -> bool:
+        """Positions may hold the gold token alone, which costs no nats and says nothing of how good a teacher is."""
+        return self.sequence == "dtw" or self.straddle == "onehot"
+
 
 class FusionConfig(Frozen):
     """How several teachers become one distribution."""
@@ -407,7 +412,8 @@ class FusionConfig(Frozen):
     granularity: Literal["token", "segment", "row"] = "segment"
     """The unit over which min_ce and avg_ce compare teachers."""
     unit: Literal["nats_per_byte", "nats_per_token"] = "nats_per_byte"
-    """Of the cross-entropies compared; nats_per_token (the paper) is per the teacher's own token."""
+    """Of the cross-entropies compared; nats_per_token (the paper) is per the teacher's own token. Under one-hot
+    alignments bytes are of its own tokens, too."""
     temperature: float = Field(default=1.0, gt=0)
     """τ of avg_ce: weights are softmax(−CE / τ)."""
     paper_weights: bool = False
@@ -612,6 +618,8 @@ class Config(Frozen):
             raise ValueError(
                 "trainer.resources_per_worker asks for GPUs and trainer.use_gpu is false; set it true"
             )
+        if self.alignment.has_one_hot:
+            self._refuse_comparison_of_one_hot()
         own = {name for name, amount in self.trainer.resources_per_worker.items() if amount}
         if self.target.attention in ("flex_attention", "flash_attention_2") and not self.trainer.use_gpu:
             raise ValueError(
@@ -644,6 +652,19 @@ class Config(Frozen):
                 "evaluation.every_steps"
             )
         return self
+
+    def _refuse_comparison_of_one_hot(self) -> None:
+        settings = {
+            "fusion.granularity=token": self.fusion.granularity == "token"
+            and self.fusion.rule in ("min_ce", "avg_ce"),
+            "fusion.gate=live_target": self.fusion.gate == "live_target",
+        }
+        for setting in (name for name, is_set in settings.items() if is_set):
+            raise ValueError(
+                f"{setting} compares nats position by position, and with alignment.sequence="
+                f"{self.alignment.sequence} and straddle={self.alignment.straddle} some positions hold the gold token "
+                "alone, at no cost; take sequence=span with straddle=condition or mask, or another setting than this"
+            )
 
     @property
     def active_teachers(self) -> list[TeacherConfig]:

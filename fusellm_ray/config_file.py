@@ -77,13 +77,31 @@ def read_tree(path: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"config {path}: cannot be read ({error.strerror}); give the path of a YAML file"
         ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"config {path}: byte {error.start} is not UTF-8 ({error.reason}); convert the file"
+        ) from None  # the error itself holds the text, which may hold a secret
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"config {path}: not valid YAML: {_yaml_problem(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path}: expected a mapping of sections, got {type(tree).__name__}")
     return tree
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that a mapping holds twice, of which YAML's own would keep the last in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            if name in seen:
+                raise yaml.composer.ComposerError(problem="a key is there twice", problem_mark=key.start_mark)
+            seen.add(name)
+        return node
 
 
 def parse_config(tree: Mapping[str, Any], where: str = "config") -> Config:
@@ -133,7 +151,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {key!r}: expected key.path=value")
     where = f"override {dotted!r}"
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: the value is not valid YAML: {_yaml_problem(error)}") from None
     set_dotted(tree, dotted, value, where)

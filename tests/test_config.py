@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fusellm_ray.config_file import PRESETS, load_config, parse_config
+from fusellm_ray.config_file import PRESETS, load_config, parse_config, read_tree
 from fusellm_ray.errors import ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -96,6 +96,33 @@ def test_what_goes_by_evaluations_during_training_needs_them():
     evaluation = {"sources": [{"name": "x", "path": "x.jsonl"}]}
     assert wanted in refused(tree | {"evaluation": evaluation})
     parse_config(tree | {"evaluation": evaluation | {"every_steps": 1}})
+
+
+@pytest.mark.parametrize("alignment", [{"sequence": "dtw"}, {"straddle": "onehot"}])
+@pytest.mark.parametrize("fusion", [{"granularity": "token"}, {"gate": "live_target"}])
+def test_one_hot_positions_are_not_compared_one_by_one(alignment: dict, fusion: dict):
+    tree = minimal() | {"alignment": alignment, "fusion": fusion}
+    assert "some positions hold the gold token alone, at no cost" in refused(tree)
+    parse_config(tree | {"fusion": {}})
+    parse_config(tree | {"alignment": {"straddle": "mask"}})
+
+
+def test_a_key_that_is_given_twice_is_refused(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text("run: {name: a}\ntraining: {steps: 3}\ntraining: {lr: 1.0}\n")
+    with pytest.raises(ConfigError, match=r"a key is there twice \(line 3, column 1\)"):
+        load_config(path)
+    merges = "a: &a {x: 1, y: 2}\nd: {b: &b {<<: *a, x: 3}}\nc: {<<: *b, y: 4}\n"
+    path.write_text(merges)
+    assert read_tree(path) == yaml.safe_load(merges)
+    assert read_tree(path)["d"] == {"b": {"x": 3, "y": 2}}
+
+
+def test_a_file_that_is_not_utf_8_is_refused(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes("run: {name: café}".encode("latin-1"))
+    with pytest.raises(ConfigError, match="byte 15 is not UTF-8"):
+        load_config(path)
 
 
 def test_held_out_text_has_no_weight():

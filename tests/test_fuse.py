@@ -132,6 +132,22 @@ def test_per_token_comparisons_use_the_teachers_own_nats(granularity: str):
         assert (chosen[batch["segment"] == s] == expected).all()
 
 
+@pytest.mark.parametrize("granularity", ["segment", "row"])
+def test_one_hot_stand_ins_do_not_make_a_teacher_the_best(granularity: str):
+    worse, better = (replace(make_teacher(seed), valid=torch.ones(N, dtype=torch.bool)) for seed in range(2))
+    free = torch.full((N,), -torch.inf)
+    worse = replace(
+        worse, logprobs=free[:, None].expand_as(worse.logprobs), gold=torch.zeros(N), residual=free
+    )
+    nats = torch.tensor([[12.0] * S, [10.0] * S])
+    batch = make_batch()
+    del batch["gold"]
+    config = FusionConfig(rule="min_ce", granularity=granularity)
+    fused = fuse([worse, better], config=config, own_nats=nats, own_bytes=torch.full((2, S), 9), **batch)
+    assert (fused.weights.argmax(0)[batch["segment"] >= 0] == 1).all()
+    assert (fuse([worse, better], config=config, **batch).weights.argmax(0)[batch["segment"] >= 0] == 0).all()
+
+
 @pytest.mark.parametrize(("rule", "granularity", "unit"), itertools.product(RULES, GRANULARITIES, UNITS))
 def test_permuting_teachers_changes_nothing(rule: str, granularity: str, unit: str):
     teachers = [make_teacher(0, 4), make_teacher(1, 6), make_teacher(2, 3)]

@@ -81,6 +81,15 @@ def test_the_advantage_is_the_targets_nats_minus_the_teachers_per_byte_of_the_do
     assert seen["teacher/b/advantage/y"] == pytest.approx((2 - 0.5) / 3)  # where b knows the gold token
 
 
+def test_under_one_hot_stand_ins_no_advantage_is_claimed():
+    statistics = StepStatistics(["a", "b"], ["x", "y"], has_one_hot=True)
+    every = torch.ones(4)
+    statistics.add(batch(), ObjectiveOutput(torch.tensor(2.0), every, every, every.bool()))
+    seen = statistics.figures()
+    assert seen["teacher/b/coverage"] == pytest.approx(3 / 4)
+    assert not [name for name in seen if "advantage" in name]
+
+
 def test_a_figure_without_anything_to_measure_is_left_out_but_a_loss_that_is_no_number_stays():
     assert math.isnan(figures(loss=math.nan)["loss"])
     nothing = StepStatistics(["a"], ["x"]).figures()

@@ -96,6 +96,7 @@ def fuse(
     weights: Sequence[float] | None = None,
     own_nats: Tensor | None = None,
     own_tokens: Tensor | None = None,
+    own_bytes: Tensor | None = None,
 ) -> Fused:
     """One distribution out of K teachers' at each position.
 
@@ -116,18 +117,21 @@ def fuse(
         weights: K positive numbers, for rule `weighted`.
         own_nats, own_tokens: [K, S], nats each teacher pays for its own tokens of a segment, and how many
             these are; for unit `nats_per_token` at granularity `segment` or `row`.
+        own_bytes: [K, S], of these tokens. If given, unit `nats_per_byte` is of them, too, and not of the gold tokens:
+            for alignments under which some of those are one-hot stand-ins, which cost no nats.
 
     Raises:
         AlignmentError: teachers' positions differ from the batch's.
         ConfigError: no teachers, or an argument that the rule or the unit needs is absent.
     """
-    _check(teachers, config, segment, weights, own_nats, own_tokens)
+    own_size = own_tokens if config.unit == "nats_per_token" else own_bytes
+    _check(teachers, config, segment, weights, own_nats, own_size)
     valid = torch.stack([t.valid for t in teachers])
     if config.rule == "min_ce":
-        scores, ties = _cross_entropies(teachers, config, segment, row, gold_bytes, own_nats, own_tokens)
+        scores, ties = _cross_entropies(teachers, config, segment, row, gold_bytes, own_nats, own_size)
         return _select(teachers, _least(scores, ties, valid))
     if config.rule == "avg_ce":
-        scores, _ = _cross_entropies(teachers, config, segment, row, gold_bytes, own_nats, own_tokens)
+        scores, _ = _cross_entropies(teachers, config, segment, row, gold_bytes, own_nats, own_size)
         logits = (-scores).exp() if config.paper_weights else -scores / config.temperature
         # Finite, so that teachers without any known cross-entropy share equally where they are alone.
         logits = logits.clamp(min=-1e30).masked_fill(~valid, -torch.inf)
@@ -177,11 +181,12 @@ def _cross_entropies(
     row: Tensor,
     gold_bytes: Tensor,
     own_nats: Tensor | None,
-    own_tokens: Tensor | None,
+    own_size: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(cross-entropy, residual mass) of each teacher over what a position is compared on, both [K, N].
 
-    +inf where a teacher knows no gold token there.
+    Of its own tokens, by their number or bytes, where `own_size` is given (read at granularity `segment` and `row`);
+    else of the gold tokens. +inf where a teacher knows none there.
     """
     gold = torch.stack([t.gold for t in teachers]).float()
     left = torch.stack([torch.where(t.valid, t.residual, 0.0) for t in teachers]).float().exp()
@@ -194,19 +199,18 @@ def _cross_entropies(
     num_groups = int(index.max()) + 2 if index.numel() else 1
     group = torch.where(segment >= 0, index, num_groups - 1).long()
     ties = _by_group(left, group, num_groups)[:, group]
-    if config.unit == "nats_per_token":
+    if own_size is not None:
         assert own_nats is not None
-        assert own_tokens is not None
-        nats, tokens = own_nats.float(), own_tokens.float()
+        nats, size = own_nats.float(), own_size.float()
         if config.granularity == "row":
             rows = torch.full((nats.shape[1],), num_groups - 1, dtype=torch.long, device=group.device)
             inside = segment >= 0
             rows[segment[inside].long()] = group[inside]
-            nats, tokens = _by_group(nats, rows, num_groups), _by_group(tokens, rows, num_groups)
+            nats, size = _by_group(nats, rows, num_groups), _by_group(size, rows, num_groups)
         else:
             extra = num_groups - nats.shape[1]
-            nats, tokens = (F.pad(sums, (0, max(extra, 0))) for sums in (nats, tokens))
-        scores = torch.where(tokens > 0, nats / tokens.clamp(min=1.0), torch.inf)
+            nats, size = (F.pad(sums, (0, max(extra, 0))) for sums in (nats, size))
+        scores = torch.where(size > 0, nats / size.clamp(min=1.0), torch.inf)
         return scores[:, group], ties
 
     known = gold.isfinite()
@@ -297,7 +301,7 @@ def _check(
     segment: Tensor,
     weights: Sequence[float] | None,
     own_nats: Tensor | None,
-    own_tokens: Tensor | None,
+    own_size: Tensor | None,
 ) -> None:
     if not teachers or config.rule == "none":
         raise ConfigError(
@@ -312,12 +316,13 @@ def _check(
             )
     if config.rule == "weighted" and (weights is None or len(weights) != len(teachers) or min(weights) <= 0):
         raise ConfigError(f"fuse: fusion.rule=weighted needs {len(teachers)} positive weights, got {weights}")
-    by_own_token = config.unit == "nats_per_token" and config.granularity != "token"
-    if config.rule in ("min_ce", "avg_ce") and by_own_token:
-        for name, sums in (("own_nats", own_nats), ("own_tokens", own_tokens)):
+    is_per_token = config.unit == "nats_per_token"
+    by_own_tokens = (is_per_token or own_size is not None) and config.granularity != "token"
+    if config.rule in ("min_ce", "avg_ce") and by_own_tokens:
+        for name, sums in (("own_nats", own_nats), ("own_tokens" if is_per_token else "own_bytes", own_size)):
             if sums is None or sums.ndim != 2 or sums.shape[0] != len(teachers):
                 seen = "none" if sums is None else tuple(sums.shape)
                 raise ConfigError(
-                    f"fuse: fusion.unit=nats_per_token needs {name} as [{len(teachers)} teachers, segments], "
+                    f"fuse: fusion.unit={config.unit} needs {name} as [{len(teachers)} teachers, segments], "
                     f"got {seen}"
                 )

@@ -195,6 +195,7 @@ class RankBatches:
                 domains=self._domains,
                 fusion=self._config.fusion,
                 teachers=self._config.active_teachers,
+                has_one_hot=self._config.alignment.has_one_hot,
             )
             micro_batches.append(micro)
             documents.append(tuple(segment.document for row in some for segment in row.segments))
@@ -250,12 +251,14 @@ def make_micro_batch(
     domains: dict[str, int],
     fusion: FusionConfig,
     teachers: Sequence[TeacherConfig],
+    has_one_hot: bool = False,
 ) -> MicroBatch:
     """Rows and the teachers' answers to their segments, as tensors; the teachers fused.
 
     Args:
         answers: for each teacher, its answer to each segment of the rows, in order; None: it is lost. Empty:
             CLM only.
+        has_one_hot: as `AlignmentConfig.has_one_hot`.
     """
     arrays = [row_arrays(row, row_tokens, pad_id) for row in rows]
     labels = torch.from_numpy(np.concatenate([a.labels for a in arrays]))
@@ -285,6 +288,7 @@ def make_micro_batch(
             weights=[teacher.weight for teacher in teachers],
             own_nats=torch.stack([part.own_nats for part in parts]),
             own_tokens=torch.stack([part.own_tokens for part in parts]),
+            own_bytes=torch.stack([part.own_bytes for part in parts]) if has_one_hot else None,
         )
     return MicroBatch(
         input_ids=torch.from_numpy(np.stack([a.input_ids for a in arrays])),

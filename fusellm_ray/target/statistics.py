@@ -29,11 +29,18 @@ class StepStatistics:
         teachers: names, in the order of the run's config.
         domains: names of the corpus's sources, likewise.
         device: where sums are kept: the batches', as each number that is brought to the host makes a GPU wait.
+        has_one_hot: as `AlignmentConfig.has_one_hot`; how far teachers are ahead is not measured then.
     """
 
     def __init__(
-        self, teachers: Sequence[str], domains: Sequence[str], device: torch.device | str = "cpu"
+        self,
+        teachers: Sequence[str],
+        domains: Sequence[str],
+        device: torch.device | str = "cpu",
+        *,
+        has_one_hot: bool = False,
     ) -> None:
+        self._has_one_hot = has_one_hot
         self._teachers = list(teachers)
         self._domains = list(domains)
         num_teachers, num_domains = len(teachers), len(domains)
@@ -61,6 +68,10 @@ class StepStatistics:
         heard = listened.double().expand(len(self._teachers), -1)
         self._count("won", by_domain.index_add(1, domain, batch.fused.weights * heard))
         self._count("fused_by_domain", by_domain.index_add(1, domain, heard))
+        for name, values in _teacher_sums(batch).items():
+            self._count(name, values)
+        if self._has_one_hot:
+            return
         ahead_nats, ahead_bytes = advantage(
             [part.candidates for part in batch.teachers],
             output.clm,
@@ -70,8 +81,6 @@ class StepStatistics:
         )
         self._count("ahead_nats", by_domain.index_add(1, batch.domain, ahead_nats.double()))
         self._count("ahead_bytes", by_domain.index_add(1, batch.domain, ahead_bytes.double()))
-        for name, values in _teacher_sums(batch).items():
-            self._count(name, values)
 
     def add_wait(self, seconds: float) -> None:
         """Count how long this rank waited for its batch."""

@@ -225,7 +225,10 @@ def _step(
     """One optimiser step; returns its figures, the same on every rank."""
     training = rank.config.training
     statistics = StepStatistics(
-        [t.name for t in rank.task.teachers], [s.name for s in rank.config.corpus.sources], rank.device
+        [t.name for t in rank.task.teachers],
+        [s.name for s in rank.config.corpus.sources],
+        rank.device,
+        has_one_hot=rank.config.alignment.has_one_hot,
     )
     statistics.add_wait(waited_s)
     # Randomness (LoRA's dropout) depends on run, step and rank alone, so there is no generator state to save.
