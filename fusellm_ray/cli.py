@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
@@ -56,6 +56,31 @@ class _Step(click.ParamType):
             self.fail(f"{value!r} is neither a step nor 'best'", param, context)
 
 
+class _OutFile(click.Path):
+    """A file to write at the end of what may take hours: whether it can be is seen before."""
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False, writable=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        path = Path(os.fsdecode(super().convert(value, param, context)))
+        if not os.access(path.parent, os.W_OK) or not path.parent.is_dir():
+            self.fail(f"{path.parent} is no folder that can be written to", param, context)
+        return path
+
+
+class _NewFolder(click.Path):
+    """A folder to write, which holds nothing yet."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        path = Path(os.fsdecode(super().convert(value, param, context)))
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            self.fail(f"{path} exists and is not an empty folder", param, context)
+        if path.resolve() == Path.cwd():  # it would be replaced under the user's feet
+            self.fail("is where this command runs; name another folder", param, context)
+        return path
+
+
 @click.group(
     cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
@@ -68,7 +93,7 @@ def main() -> None:
 @click.option("--seed", default=0, show_default=True, help="Seed of the data order.")
 @click.option("--steps", type=click.IntRange(min=1), help="Optimiser steps of each arm.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Where the models are kept.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the table as JSON, too.")
+@click.option("--json", "json_path", type=_OutFile(), help="Write the table as JSON, too.")
 def quickstart(seed: int, steps: int | None, cache: Path | None, json_path: Path | None) -> None:
     """Build three small experts from text on this machine, and fuse them into a fourth model."""
     # Small local models: transformers' bars would only break up ours.
@@ -206,7 +231,7 @@ def status(run: str, overrides: tuple[str, ...], watch: bool) -> None:
 @main.command()
 @click.argument("run", metavar="CONFIG|RUN_FOLDER")
 @click.argument("overrides", nargs=-1, metavar="[a.b=value ...]")
-@click.option("--into", "out", type=click.Path(path_type=Path), help="File to write (default: ./NAME.html).")
+@click.option("--into", "out", type=_OutFile(), help="File to write (default: ./NAME.html).")
 @click.option(
     "--scores", type=click.Path(path_type=Path), help="Models to compare: what `evaluate --json` wrote."
 )
@@ -265,8 +290,8 @@ def report(run: str, overrides: tuple[str, ...], out: Path | None, scores: Path 
     "--resamples", type=click.IntRange(min=1), default=2000, show_default=True, help="Bootstrap draws."
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of the bootstrap.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures as JSON, too.")
-@click.option("--markdown", "markdown_path", type=click.Path(path_type=Path), help="Write the tables, too.")
+@click.option("--json", "json_path", type=_OutFile(), help="Write the figures as JSON, too.")
+@click.option("--markdown", "markdown_path", type=_OutFile(), help="Write the tables, too.")
 def evaluate(
     models: tuple[str, ...],
     corpora: tuple[str, ...],
@@ -335,7 +360,7 @@ def compare(study: Path, overrides: tuple[str, ...]) -> None:
     show_default=True,
 )
 @click.option("--base", required=True, help="What the models continue; gives the tokenizer, too.")
-@click.option("--into", "out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--into", "out", type=_NewFolder(), required=True, help="Folder to write.")
 @click.option(
     "--parameter",
     "parameters",
@@ -357,8 +382,6 @@ def merge(
     from fusellm_ray.config import ModelConfig
     from fusellm_ray.evaluate.merge import merge_models
 
-    if out.exists() and any(out.iterdir()):
-        raise click.UsageError(f"{out} is not an empty folder")
     merge_models(
         method,  # type: ignore[arg-type]
         [ModelConfig(model=model) for model in models],
@@ -373,7 +396,7 @@ def merge(
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[a.b=value ...]")
-@click.option("--into", "out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--into", "out", type=_NewFolder(), required=True, help="Folder to write.")
 @click.option("--step", type=_Step(), help="Checkpoint of this step, or best (default: the latest).")
 def export(config: Path, overrides: tuple[str, ...], out: Path, step: int | Literal["best"] | None) -> None:
     """Write a run's checkpoint as a folder that AutoModelForCausalLM loads, tokenizer included."""
@@ -400,7 +423,7 @@ def export(config: Path, overrides: tuple[str, ...], out: Path, step: int | Lite
 )
 @click.option("--top-k", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--max-bytes", type=click.IntRange(min=1), default=100_000, show_default=True)
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures as JSON, too.")
+@click.option("--json", "json_path", type=_OutFile(), help="Write the figures as JSON, too.")
 def align(
     target: str,
     teacher: str,

@@ -30,10 +30,11 @@ from fusellm_ray.config import Config, ModelConfig, TeacherConfig, VllmEngine
 from fusellm_ray.corpus.files import find_files
 from fusellm_ray.corpus.source import Document
 from fusellm_ray.corpus.tokens import ByteTokenizer
-from fusellm_ray.errors import ClusterError, CorpusError, FuseLLMError
+from fusellm_ray.errors import ClusterError, ConfigError, CorpusError, FuseLLMError
 from fusellm_ray.evaluate.comparison import Comparison
 from fusellm_ray.evaluate.ensemble import evaluate_ensemble
 from fusellm_ray.evaluate.merge import merge_models
+from fusellm_ray.folders import try_lock
 from fusellm_ray.job import export_run, local_or_running_cluster, run_job
 from fusellm_ray.observe.progress import make_display
 from fusellm_ray.perplexity import MEASURE, DocumentScore, by_domain, evaluate_model, held_out_documents
@@ -42,7 +43,7 @@ from fusellm_ray.quickstart.domains import build_domains, build_text
 from fusellm_ray.quickstart.zoo import OnProgress, build_zoo, point_latest
 from fusellm_ray.report.write import write_report
 from fusellm_ray.study import Arm, Study
-from fusellm_ray.target.storage import STEP_FOLDER
+from fusellm_ray.target.storage import BEST_FOLDER, STEP_FOLDER
 from fusellm_ray.teachers.service import stop_pools, supervise
 
 
@@ -66,8 +67,20 @@ def run_comparison(study: Study) -> bool:
         False after a requested stop, from which the same command goes on.
 
     Raises:
+        ConfigError: another process is at it.
         FuseLLMError: arms failed; the others are made, and the table is written.
     """
+    study.folder.mkdir(parents=True, exist_ok=True)
+    with (study.folder / ".lock").open("w") as lock:
+        if try_lock(lock) is False:
+            raise ConfigError(
+                f"{study.folder}: another process is making this study; wait for its end or stop it, or give this one "
+                "another name"
+            )
+        return _run(study)
+
+
+def _run(study: Study) -> bool:
     console = Console(stderr=True)
     _build(study, _StageLines(console))
     base = study.config()
@@ -78,7 +91,7 @@ def run_comparison(study: Study) -> bool:
         f"{study.name}: {len(study.arms)} arms, seeds {study.seeds}: {len(cells) - len(missing)} of {len(cells)} "
         f"results are there ({study.folder})"
     )
-    (study.folder / "results").mkdir(parents=True, exist_ok=True)
+    (study.folder / "results").mkdir(exist_ok=True)
     failures: dict[str, str] = {}
     try:
         is_finished = _make(study, missing, documents, console, failures)
@@ -257,13 +270,16 @@ def _training_only(config: Config) -> Config:
 
 
 def _score_model(study: Study, model: ModelConfig, documents: list[Document]) -> list[DocumentScore]:
-    return evaluate_model(
-        model,
-        documents,
-        row_tokens=study.context or study.config().corpus.row_tokens,
-        batch_rows=4,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-    )
+    try:
+        return evaluate_model(
+            model,
+            documents,
+            row_tokens=study.context or study.config().corpus.row_tokens,
+            batch_rows=4,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+        )
+    finally:
+        torch.cuda.empty_cache()  # teachers and ranks of later arms want that memory
 
 
 def _score_untrained(study: Study, cell: Cell, documents: list[Document]) -> list[DocumentScore]:
@@ -303,7 +319,7 @@ def _made(study: Study, folder: Path) -> ModelConfig:
 def _drop_checkpoints(study: Study, config: Config) -> None:
     """What is left of the run are its metrics."""
     for checkpoint in (study.folder / "runs" / config.run.name).iterdir():
-        if STEP_FOLDER.fullmatch(checkpoint.name):
+        if STEP_FOLDER.fullmatch(checkpoint.name) or BEST_FOLDER.fullmatch(checkpoint.name):
             shutil.rmtree(checkpoint)
 
 
@@ -311,9 +327,11 @@ def _drop_checkpoints(study: Study, config: Config) -> None:
 def _model_folder(study: Study, name: str) -> Iterator[Path]:
     folder = study.folder / "models" / name
     folder.parent.mkdir(exist_ok=True)
-    yield folder
-    if not study.keep_models:
-        shutil.rmtree(folder)
+    try:
+        yield folder
+    finally:
+        if not study.keep_models:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------- results

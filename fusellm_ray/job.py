@@ -36,6 +36,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fusellm_ray import plan
+from fusellm_ray.cluster import cluster_address
 from fusellm_ray.config import Config
 from fusellm_ray.errors import CheckpointError, ClusterError, ConfigError, FuseLLMError
 from fusellm_ray.observe.failures import find_error, group_failures
@@ -47,6 +48,7 @@ from fusellm_ray.stream.address import TeacherAddress
 from fusellm_ray.stream.memory import NO_DISK_ENVIRONMENT, DiskWatch
 from fusellm_ray.target.checkpoint import export_model, is_same_order
 from fusellm_ray.target.control import RunControl
+from fusellm_ray.target.snapshot import restore_snapshot
 from fusellm_ray.target.storage import Checkpoints
 from fusellm_ray.target.task import NameController, NoDatasets, RaiseLastingErrors, TrainTask, run_rank
 from fusellm_ray.teachers.attach import attach, join_cluster, running_cluster
@@ -218,15 +220,18 @@ def local_or_running_cluster(config: Config) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS")
+    address = cluster_address()
     if address:
         join_cluster(address)
     else:
-        start_private_ray(
-            object_store_memory=max(
-                4 * config.stream.in_flight_bytes * config.trainer.workers.max, 256 << 20
-            ),
-        )
+        store = max(4 * config.stream.in_flight_bytes * config.trainer.workers.max, 256 << 20)
+        try:
+            start_private_ray(object_store_memory=store)
+        except ValueError as error:
+            raise ClusterError(
+                f"Ray does not start with an object store of {store:,} bytes, four times stream.in_flight_bytes × "
+                f"trainer.workers: {error}"
+            ) from error
     try:
         yield
     finally:
@@ -333,7 +338,7 @@ class _Trainer(ray.train.torch.TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         unused: tuple[type, ...] = (DatasetsCallback,)
-        if not os.environ.get("RAY_ADDRESS"):
+        if not cluster_address():
             # It frees the ranks' places if the controller is killed; a private Ray ends with the run.
             unused += (PlacementGroupCleanerCallback,)
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # Ray's annotation is of V1
@@ -391,6 +396,7 @@ def _fit(
     """Train to the end of the run; meanwhile bring records and wishes from one side to the other."""
     config = task.config
     control: Any = task.control  # Ray's handles have no types
+    restore_snapshot(checkpoints)
     trainer = _make_trainer(task, checkpoints.storage)
     failure: list[BaseException] = []
 

@@ -28,7 +28,7 @@ from fusellm_ray.config import CorpusConfig, ModelConfig, SourceConfig
 from fusellm_ray.corpus.rows import IGNORE_INDEX, Row, Segment, row_arrays
 from fusellm_ray.corpus.source import Corpus, Document
 from fusellm_ray.corpus.tokens import ByteTokenizer
-from fusellm_ray.errors import CorpusError
+from fusellm_ray.errors import CorpusError, ModelError
 from fusellm_ray.models import HeadedModel, check_structure, load_causal_lm, model_facts
 
 MEASURE = 2
@@ -125,10 +125,22 @@ def evaluate_model(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> list[DocumentScore]:
-    """Load a model and score documents with it; `row_tokens` is lowered to what it reads at once."""
-    model, tokenizer, context = load_model(config, device=device, dtype=dtype)
-    return score_documents(
-        model, tokenizer, documents, row_tokens=min(row_tokens, context), batch_rows=batch_rows
+    """Load a model and score documents with it; `row_tokens` is lowered to what it reads at once.
+
+    Raises:
+        ModelError: it cannot be loaded, or is too large for the device.
+    """
+    try:
+        model, tokenizer, context = load_model(config, device=device, dtype=dtype)
+        return score_documents(
+            model, tokenizer, documents, row_tokens=min(row_tokens, context), batch_rows=batch_rows
+        )
+    except torch.OutOfMemoryError as error:
+        problem = str(error)
+    # Outside, where nothing holds on to the model any more.
+    raise ModelError(
+        f"{config.model}: too little memory on {device} to read {batch_rows} × {row_tokens} tokens at once "
+        f"({problem}); read fewer, free the GPU, or hide it to score on the CPU (CUDA_VISIBLE_DEVICES=)"
     )
 
 

@@ -18,6 +18,7 @@ from unittest import mock
 
 from fusellm_ray.alignment.project import Aligner
 from fusellm_ray.alignment.statistics import Sequences, kind_shares, position_kinds
+from fusellm_ray.cluster import cluster_address
 from fusellm_ray.config import Config, Resources, SimulatedEngine, TargetConfig, TeacherConfig, VllmEngine
 from fusellm_ray.corpus.rows import ShardReader
 from fusellm_ray.corpus.source import Corpus
@@ -286,7 +287,7 @@ def require_resources(
         ClusterError: the private cluster of this machine is too small.
         ConfigError: a teacher needs a cluster to join.
     """
-    if not has_teachers and not os.environ.get("RAY_ADDRESS"):
+    if not has_teachers and not cluster_address():
         _refuse_workers_of_a_private_cluster(config)
     nodes = _joined_nodes() if nodes is None else nodes
     have: dict[str, float] = defaultdict(float)
@@ -303,7 +304,7 @@ def require_resources(
     if not missing:
         return None
     text = "; ".join(missing)
-    if not os.environ.get("RAY_ADDRESS"):
+    if not cluster_address():
         raise ClusterError(
             f"this machine is too small for the run ({text}); lower trainer.workers, teachers' replicas or their "
             "resources (fractions share a core), or set RAY_ADDRESS to a larger cluster (`check --no-cluster` looks "
@@ -502,8 +503,8 @@ def _compare_with_cluster(config: Config) -> list[str]:
     from fusellm_ray.exposure import warn_of_open_cluster
     from fusellm_ray.teachers.attach import join_cluster
 
-    address = os.environ.get("RAY_ADDRESS")
-    if not address:
+    address = cluster_address()
+    if address is None:
         here = [_this_machine()]
         require_resources(config, nodes=here)
         return unused_gpus(config, nodes=here)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from fusellm_ray.cli import main
 
@@ -53,3 +54,28 @@ def test_the_error_that_ends_a_run_with_structured_logs_is_an_object_too(tmp_pat
         "ConfigError",
     )
     assert "did you mean 'training'?" in line["text"]
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["evaluate", "model", "--json", "absent/scores.json"], "absent is no folder that can be written to"),
+        (["quickstart", "--json", "."], "is a directory"),
+        (["merge", "a", "b", "--base", "c", "--into", "file"], "file exists and is not an empty folder"),
+        (["export", "run.yaml", "--into", "full"], "full exists and is not an empty folder"),
+        (["export", "run.yaml", "--into", "../empty"], "is where this command runs"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], says: str
+):
+    here = tmp_path / "empty"
+    here.mkdir()
+    if says.startswith(("file", "full")):
+        (here / "full").mkdir()
+        for name in ("file", "full/file"):
+            (here / name).write_text("")
+    monkeypatch.chdir(here)
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 2
+    assert says in result.output

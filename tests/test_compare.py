@@ -16,8 +16,9 @@ import pytest
 
 from fusellm_ray import compare
 from fusellm_ray.compare import _by_teachers, _cells, run_comparison
-from fusellm_ray.errors import FuseLLMError
+from fusellm_ray.errors import ConfigError, FuseLLMError
 from fusellm_ray.evaluate.models import evaluate_models
+from fusellm_ray.folders import try_lock
 from fusellm_ray.job import Outcome
 from fusellm_ray.study import Study, parse_study
 from tests.runs import build_run, model_folder, of_event
@@ -92,6 +93,16 @@ def test_a_study_without_trained_arms_needs_no_ray(tmp_path: Path, tokenizer_fol
     assert len(list((study.folder / "results").iterdir())) == 4
     assert not list((study.folder / "models").iterdir())
     assert "| untouched |" in (study.folder / "comparison.md").read_text()
+
+
+def test_a_study_is_made_by_one_process(tmp_path: Path, tokenizer_folders: dict[str, Path]):
+    study = tiny_study(tmp_path, tokenizer_folders)
+    study.folder.mkdir()
+    with (study.folder / ".lock").open("w") as lock:
+        assert try_lock(lock)
+        with pytest.raises(ConfigError, match="another process is making this study"):
+            run_comparison(study)
+    assert [path.name for path in study.folder.iterdir()] == [".lock"]
 
 
 def test_arms_that_fail_are_named_and_cost_no_other(

@@ -15,7 +15,7 @@ from fusellm_ray.config import AlignmentConfig, TeacherConfig
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.errors import ConfigError, CorpusError, ModelError, TokenizerError
 from fusellm_ray.evaluate import models as evaluate_module
-from fusellm_ray.evaluate.alignment import picture, sequences_of, show_alignment
+from fusellm_ray.evaluate.alignment import _pieces, picture, sequences_of, show_alignment
 from fusellm_ray.evaluate.ensemble import evaluate_ensemble
 from fusellm_ray.evaluate.models import evaluate_models
 from fusellm_ray.evaluate.table import Grid
@@ -208,6 +208,15 @@ def test_the_picture_shows_the_same_characters_twice_and_bars_where_tokens_end(m
     assert "".join(a for a, _ in columns) == "".join(b for _, b in columns) == "The strength"
     for line, tokenizer in ((upper, target), (lower, teacher)):
         assert line.count("│") == len(set(tokenizer.encode("The strength").ends.tolist()))
+
+
+def test_a_limit_leaves_out_a_cut_character_and_no_byte_before_it(tmp_path: Path):
+    path = tmp_path / "text.txt"
+    path.write_bytes("aé".encode() + b"\xff" + b"b" * 10)
+    assert _pieces(path, 2) == ["a"]
+    assert _pieces(path, 3) == ["aé"]
+    with pytest.raises(CorpusError, match="byte 3 is not UTF-8"):
+        _pieces(path, 5)
 
 
 @pytest.mark.parametrize(("content", "says"), [(b"", "is empty"), (b"ab\xff", "byte 2 is not UTF-8")])

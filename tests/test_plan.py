@@ -195,6 +195,12 @@ def test_check_refuses_arguments_vllm_does_not_know_and_adapters_that_are_not_th
     assert said[-1] == "accepted"
 
 
+def test_local_is_no_cluster_to_join(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    with pytest.raises(ClusterError, match="this machine is too small"):
+        make_plan(named(tree, "greedy", trainer={"resources_per_worker": {"CPU": 1000}}))
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "nonsense", "host:0x1", "http://127.0.0.1:9"])
 def test_a_cluster_out_of_reach_is_said_at_once(
     tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch, address: str

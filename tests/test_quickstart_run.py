@@ -35,6 +35,15 @@ def test_arms_are_forgotten_only_once_there_is_a_table(tmp_path: Path) -> None:
     assert not any((tmp_path / arm).exists() for arm in runs)
 
 
+def test_any_cache_takes_the_place_of_the_default_one(tmp_path: Path) -> None:
+    cache = tmp_path / "a, b: #c"
+    config = quickstart_config(cache)
+    places = [config.run.storage, config.target.model, *(t.model for t in config.teachers)]
+    places += [str(s.path) for s in (*config.corpus.sources, *config.evaluation.sources)]
+    assert len(places) == 11
+    assert all(place.startswith(f"{cache}/") for place in places)
+
+
 @pytest.mark.slow
 def test_the_command_trains_both_arms_and_compares_them(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

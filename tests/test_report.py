@@ -116,6 +116,14 @@ def page(run_folder: Path) -> Path:
     return write_report(str(run_folder), run_folder.parent / "page.html")
 
 
+def test_a_run_is_named_by_its_folder_however_that_is_given(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(run_folder)
+    assert write_report(".") == Path(f"{run_folder.name}.html")
+    Path(f"{run_folder.name}.html").unlink()
+
+
 def test_a_line_cut_off_does_not_cost_the_page(run_folder: Path, tmp_path: Path):
     first, *rest = (run_folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_text("".join([first, '{"event": "st\n', *rest]))

@@ -50,6 +50,20 @@ def test_a_log_opened_again_goes_on_and_reads_back_in_a_folder_and_under_a_uri(t
     assert all(r["time"] > 0 for r in read_records(folder))
 
 
+def test_a_run_has_one_driver(tmp_path: Path):
+    with RecordLog(str(tmp_path)) as log:
+        log.write(step(1))
+        with (
+            pytest.raises(ConfigError, match="another process is training this run"),
+            RecordLog(str(tmp_path)),
+        ):
+            pass
+        log.write(step(2))
+    with RecordLog(str(tmp_path)) as log:
+        log.write(step(3))
+    assert [r["step"] for r in read_records(str(tmp_path))] == [1, 2, 3]
+
+
 def test_a_store_out_of_reach_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def unreachable(uri: str) -> None:
         raise OSError("no answer")

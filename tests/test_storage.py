@@ -3,10 +3,14 @@
 import json
 
 import pytest
+from ray.train import CheckpointConfig
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
+from ray.train.v2._internal.execution.storage import StorageContext
 
 from fusellm_ray.errors import CheckpointError
 from fusellm_ray.folders import below, last_name
 from fusellm_ray.target.checkpoint import FORMAT, STATE_FILE
+from fusellm_ray.target.snapshot import SNAPSHOT_FILE, restore_snapshot
 from fusellm_ray.target.storage import Checkpoints, step_folder
 
 FILES = {"shard-00001-of-00002.safetensors": b"one", "shard-00002-of-00002.safetensors": b"three"}
@@ -114,3 +118,40 @@ def test_an_incomplete_checkpoint_is_not_handed_out(tmp_path):
         checkpoints.local_copy(2),
     ):
         pass
+
+
+def resumed_from(root):
+    """What Ray Train would give to the ranks, and keep."""
+    restore_snapshot(Checkpoints(str(root), "run"))
+    manager = CheckpointManager(CheckpointConfig(), StorageContext(str(root), "run"))
+    kept = [result.checkpoint.path.rpartition("/")[2] for result in manager.best_checkpoint_results]
+    latest = manager.latest_checkpoint_result
+    return kept, latest and latest.checkpoint.path.rpartition("/")[2]
+
+
+def test_ray_resumes_from_the_latest_complete_checkpoint_whatever_it_remembers(tmp_path):
+    snapshot = tmp_path / "run" / SNAPSHOT_FILE
+    (tmp_path / "run").mkdir()
+    assert resumed_from(tmp_path) == ([], None)
+    assert not snapshot.exists()
+    older, newer = write(tmp_path, 10), write(tmp_path, 20)
+    assert resumed_from(tmp_path) == ([older.name, newer.name], newer.name)
+    text = snapshot.read_text()
+    snapshot.write_text(text[: len(text) // 2])  # the controller was killed as it wrote
+    assert resumed_from(tmp_path) == ([older.name, newer.name], newer.name)
+    next(newer.glob("shard-00002*")).unlink()
+    assert resumed_from(tmp_path) == ([older.name], older.name)
+    for file in older.iterdir():
+        file.unlink()
+    older.rmdir()
+    assert resumed_from(tmp_path) == ([], None)
+
+
+def test_a_list_that_is_true_is_left_alone(tmp_path):
+    write(tmp_path, 10)
+    resumed_from(tmp_path)
+    snapshot = tmp_path / "run" / SNAPSHOT_FILE
+    told = json.loads(snapshot.read_text()) | {"current_report_index": 7}
+    snapshot.write_text(json.dumps(told))
+    resumed_from(tmp_path)
+    assert json.loads(snapshot.read_text()) == told

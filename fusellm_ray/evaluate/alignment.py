@@ -7,6 +7,7 @@ need probabilities come too: mapped and lost mass, and fidelity.
 from __future__ import annotations
 
 import asyncio
+import codecs
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -135,8 +136,9 @@ def picture(aligner: Aligner, sequences: Sequences, num_chars: int, width: int) 
 def _pieces(file: Path, max_bytes: int) -> list[str]:
     try:
         with file.open("rb") as stream:
-            data = stream.read(max_bytes + 4)
-        text = data.decode() if len(data) <= max_bytes else data[:max_bytes].decode(errors="ignore")
+            data = stream.read(max_bytes + 1)
+        # A character that the limit cuts is left out; bytes that are none are refused wherever they stand.
+        text = codecs.getincrementaldecoder("utf-8")().decode(data[:max_bytes], final=len(data) <= max_bytes)
     except OSError as error:
         raise CorpusError(f"{file}: cannot be read ({error.strerror}); give a text file") from error
     except UnicodeDecodeError as error:
@@ -159,12 +161,14 @@ def sequences_of(aligner: Aligner, piece: str, *, is_last: bool) -> Sequences:
 
 async def _score(engine: Any, aligner: Aligner, sequences: Sequence[Sequences], top_k: int) -> list[Scores]:
     scores = []
-    for s in sequences:
-        asked = windows(s.teacher_ids, engine.max_context, aligner.teacher.bos_id)
-        answers = await engine.score([prompt for prompt, _ in asked], top_k) if asked else []
-        kept = [new for _, new in asked]
-        scores.append(join_windows(list(zip(answers, kept, strict=True)), top_k))
-    await engine.stop()
+    try:
+        for s in sequences:
+            asked = windows(s.teacher_ids, engine.max_context, aligner.teacher.bos_id)
+            answers = await engine.score([prompt for prompt, _ in asked], top_k) if asked else []
+            kept = [new for _, new in asked]
+            scores.append(join_windows(list(zip(answers, kept, strict=True)), top_k))
+    finally:
+        await engine.stop()
     return scores
 
 

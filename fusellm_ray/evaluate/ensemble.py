@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from fusellm_ray.alignment.project import Aligner
 from fusellm_ray.config import AlignmentConfig, FusionConfig, TeacherConfig
 from fusellm_ray.corpus.source import Document
-from fusellm_ray.corpus.tokens import ByteTokenizer
+from fusellm_ray.corpus.tokens import ByteTokenizer, Encoding
 from fusellm_ray.fusion.fuse import Candidates, fuse
 from fusellm_ray.perplexity import DocumentScore, token_windows
 from fusellm_ray.teachers.engine import Engine, Scores, make_engine
@@ -52,33 +52,9 @@ def evaluate_ensemble(
     """
     documents = list(documents)
     sequences = [target.sequence(document.text, ends_document=False) for document in documents]
-    golds: list[list[NDArray[np.float32]]] = [[] for _ in documents]
-    threads = torch.get_num_threads()
-    for teacher in teachers:
-        engine = make_engine(teacher)
-        tokenizer = ByteTokenizer.of_model(teacher, engine.vocab_size)
-        aligner = Aligner(tokenizer, target, EXACT, teacher.top_k)
-        own = [tokenizer.sequence(document.text, ends_document=False) for document in documents]
-        limit = min(row_tokens, engine.max_context)
-        ids = [tokens.ids for tokens in own]
-        scores = asyncio.run(_score(engine, ids, tokenizer.bos_id, limit, teacher.top_k))
-        torch.set_num_threads(threads)  # an engine sets its own
-        for known, document, sequence, tokens, rows in zip(
-            golds, documents, sequences, own, scores, strict=True
-        ):
-            aligned = aligner.align(
-                document.text.encode(),
-                sequence.ids,
-                sequence.ends,
-                tokens.ids,
-                tokens.ends,
-                rows.top_ids,
-                rows.top_logprobs,
-                rows.gold_logprobs,
-            )
-            known.append(aligned.gold)
+    by_teacher = [_golds(teacher, target, documents, sequences, row_tokens) for teacher in teachers]
     results = []
-    for document, sequence, known in zip(documents, sequences, golds, strict=True):
+    for document, sequence, *known in zip(documents, sequences, *by_teacher, strict=True):
         nats, is_known = mean_nats(known)
         gold_bytes = np.diff(sequence.ends)
         results.append(
@@ -91,6 +67,39 @@ def evaluate_ensemble(
             )
         )
     return results
+
+
+def _golds(
+    teacher: TeacherConfig,
+    target: ByteTokenizer,
+    documents: Sequence[Document],
+    sequences: Sequence[Encoding],
+    row_tokens: int,
+) -> list[NDArray[np.float32]]:
+    """A teacher's aligned log-probabilities of each document's target tokens; its model is gone when they are there."""
+    threads = torch.get_num_threads()
+    engine = make_engine(teacher)
+    tokenizer = ByteTokenizer.of_model(teacher, engine.vocab_size)
+    aligner = Aligner(tokenizer, target, EXACT, teacher.top_k)
+    own = [tokenizer.sequence(document.text, ends_document=False) for document in documents]
+    limit = min(row_tokens, engine.max_context)
+    scores = asyncio.run(
+        _score(engine, [tokens.ids for tokens in own], tokenizer.bos_id, limit, teacher.top_k)
+    )
+    torch.set_num_threads(threads)  # an engine sets its own
+    return [
+        aligner.align(
+            document.text.encode(),
+            sequence.ids,
+            sequence.ends,
+            tokens.ids,
+            tokens.ends,
+            rows.top_ids,
+            rows.top_logprobs,
+            rows.gold_logprobs,
+        ).gold
+        for document, sequence, tokens, rows in zip(documents, sequences, own, scores, strict=True)
+    ]
 
 
 def mean_nats(golds: Sequence[NDArray[np.float32]]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
@@ -117,8 +126,10 @@ async def _score(
 ) -> list[Scores]:
     """Rows of whole sequences, read in the windows of `perplexity`."""
     windows = [list(token_windows(ids, limit, bos_id)) for ids in sequences]
-    answers = iter(await engine.score([read for own in windows for *_, read in own], top_k))
-    await engine.stop()
+    try:
+        answers = iter(await engine.score([read for own in windows for *_, read in own], top_k))
+    finally:
+        await engine.stop()
     return [
         join_windows([(next(answers), stop - start - 1) for start, stop, _ in own], top_k) for own in windows
     ]

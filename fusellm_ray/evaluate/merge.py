@@ -14,6 +14,7 @@ from typing import Any, Literal
 from fusellm_ray.config import ModelConfig
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.errors import ConfigError, ModelError
+from fusellm_ray.folders import written_whole
 from fusellm_ray.models import build_on_meta
 
 MergeMethod = Literal["linear", "slerp", "ties", "dare", "sce"]
@@ -38,7 +39,7 @@ def merge_models(
 
     Args:
         models: two or more.
-        out: is replaced if it is there.
+        out: is replaced if it is there; appears complete or not at all.
         base: where the models came from; only its tokenizer counts under linear and slerp.
         parameters: mergekit's own names; over the defaults weight 1 (dare: 1/n), density 0.5, t 0.5.
         seed: of dare's draws.
@@ -68,7 +69,6 @@ def merge_models(
         )
     _check_correspondence([base, *models])
     recipe = MergeConfiguration.model_validate(_recipe(method, models, base, dict(parameters or {})))
-    shutil.rmtree(out, ignore_errors=True)
     options = MergeOptions(
         quiet=True,
         write_model_card=False,
@@ -76,7 +76,9 @@ def merge_models(
         trust_remote_code=base.trust_remote_code,
     )
     try:
-        run_merge(recipe, str(out), options)
+        with written_whole(out) as partial:
+            run_merge(recipe, str(partial), options)
+            shutil.rmtree(out, ignore_errors=True)
     except Exception as error:  # mergekit raises whatever it met
         names = ", ".join(model.model for model in models)
         raise ModelError(f"merge {method} of {names}: mergekit failed: {error}") from error

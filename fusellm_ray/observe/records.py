@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow.fs
 
 from fusellm_ray.errors import ConfigError
-from fusellm_ray.folders import absolute, below, is_uri
+from fusellm_ray.folders import absolute, below, is_uri, try_lock
 
 METRICS_FILE = "metrics.jsonl"
 UNREADABLE = "unreadable"
@@ -45,7 +45,8 @@ class RecordLog:
     The run matters more than its record: what cannot be written once training goes on is lost, with a warning.
 
     Raises:
-        ConfigError: when it is entered, as the folder cannot be written.
+        ConfigError: when it is entered, as the folder cannot be written, or another process writes the record. In
+            object stores, and where file systems have no locks, nobody sees the other.
     """
 
     def __init__(self, folder: str) -> None:
@@ -71,6 +72,11 @@ class RecordLog:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 # Unbuffered: a buffer would keep what a full disk refuses, and mix it with later lines.
                 self._file = stack.enter_context(self._path.open("ab+", buffering=0))
+                if try_lock(self._file) is False:
+                    raise ConfigError(
+                        f"{self._folder}: another process is training this run; wait for its end or stop it, or give "
+                        "this one a run.name of its own"
+                    )
                 if self._file.tell():
                     self._file.seek(-1, io.SEEK_END)
                     self._is_torn = self._file.read(1) != b"\n"

@@ -16,13 +16,12 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
 import fusellm_ray
 from fusellm_ray.config import Config, ModelConfig
-from fusellm_ray.config_file import parse_config
+from fusellm_ray.config_file import parse_config, read_tree
 from fusellm_ray.errors import ConfigError
 from fusellm_ray.evaluate.table import as_json, mean_bits_per_byte, print_scores
 from fusellm_ray.job import export_run, local_or_running_cluster, run_job
@@ -90,12 +89,21 @@ def run_quickstart(
 
 def quickstart_config(cache: Path, *, seed: int = 0, steps: int | None = None) -> Config:
     """configs/quickstart.yaml with the paths of this cache."""
-    text = _shipped("quickstart.yaml").read_text(encoding="utf-8")
-    tree: dict[str, Any] = yaml.safe_load(text.replace(str(DEFAULT_CACHE), str(cache)))
+    tree = _moved(read_tree(_shipped("quickstart.yaml")), cache)
     tree["run"]["seed"] = seed
     if steps is not None:
         tree["training"]["steps"] = steps
     return parse_config(tree, where="quickstart.yaml")
+
+
+def _moved(tree: Any, cache: Path) -> Any:
+    """A tree with `cache` in place of the default one, wherever a path begins with that."""
+    if isinstance(tree, dict):
+        return {key: _moved(value, cache) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_moved(value, cache) for value in tree]
+    is_inside = isinstance(tree, str) and tree.startswith(f"{DEFAULT_CACHE}/")
+    return f"{cache}{tree.removeprefix(str(DEFAULT_CACHE))}" if is_inside else tree
 
 
 def _shipped(name: str) -> Path:

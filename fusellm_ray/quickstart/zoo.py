@@ -11,7 +11,6 @@ that is renamed when it is complete, so an interrupted one is never taken for a 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.metadata
 import itertools
@@ -33,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fusellm_ray.errors import ModelError
+from fusellm_ray.folders import try_lock
 from fusellm_ray.quickstart import text
 from fusellm_ray.quickstart.text import DOMAINS, PROSE_PACKAGES, Sizes
 
@@ -161,11 +161,12 @@ def build_cached(cache: Path, version: str, build: Callable[[Path], None], on_pr
     if folder.is_dir():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
-    with _lock(folder.with_suffix(".lock"), on_progress):
+    with _lock(folder.with_suffix(".lock"), on_progress) as is_alone:
         if folder.is_dir():
             return folder
-        for stale in cache.glob(f"{folder.name}.building-*"):
-            shutil.rmtree(stale, ignore_errors=True)
+        if is_alone:
+            for stale in cache.glob(f"{folder.name}.building-*"):
+                shutil.rmtree(stale, ignore_errors=True)
         building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.building-", dir=cache))
         try:
             build(building)
@@ -370,23 +371,17 @@ def _in_process(sender: Connection, job: Job) -> None:
 
 
 @contextmanager
-def _lock(path: Path, on_progress: OnProgress) -> Iterator[None]:
+def _lock(path: Path, on_progress: OnProgress) -> Iterator[bool]:
     """Held by one build at a time; the system frees it when its holder dies.
 
-    Where the file system has no locks, two builds may run, and the first to finish wins.
+    Yields:
+        False where the file system has no locks: two builds may run, and the first to finish wins.
     """
     with path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                on_progress("text", 0.0, f"waiting for another build ({path})")
-                time.sleep(0.5)
-                continue
-            except OSError:
-                pass
-            break
-        yield
+        while (is_held := try_lock(file)) is False:
+            on_progress("text", 0.0, f"waiting for another build ({path})")
+            time.sleep(0.5)
+        yield is_held is True
 
 
 def _rename(building: Path, folder: Path) -> None:

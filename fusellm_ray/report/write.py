@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fusellm_ray.config_file import parse_config
 from fusellm_ray.errors import ConfigError, FuseLLMError
-from fusellm_ray.folders import is_uri, last_name
+from fusellm_ray.folders import absolute, is_uri, last_name
 from fusellm_ray.observe.records import History, read_records
 from fusellm_ray.report.page import Scores, render_page
 
@@ -29,10 +29,11 @@ def write_report(folder: str, out: Path | None = None, scores: Path | None = Non
     Raises:
         ConfigError: there is no record of a run, or the scores are none.
     """
+    folder = absolute(folder)
     history = History.of(read_records(folder))
     name = last_name(folder)
-    if scores is None and not is_uri(folder) and (Path(folder).expanduser() / SCORES_FILE).is_file():
-        scores = Path(folder).expanduser() / SCORES_FILE
+    if scores is None and not is_uri(folder) and (Path(folder) / SCORES_FILE).is_file():
+        scores = Path(folder) / SCORES_FILE
     page = render_page(
         name,
         history,

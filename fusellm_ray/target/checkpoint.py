@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -34,6 +33,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from fusellm_ray.config import TargetConfig
 from fusellm_ray.errors import CheckpointError
+from fusellm_ray.folders import written_whole
 from fusellm_ray.models import HeadedModel, load_causal_lm, load_hf_tokenizer
 from fusellm_ray.target.collectives import gather_json
 from fusellm_ray.target.model import add_adapters, trainable_parameters
@@ -243,17 +243,12 @@ def export_model(directory: str | Path, target: TargetConfig, out: str | Path) -
     merged = adapted.merge_and_unload() if adapted else causal_lm
     merged.to(getattr(torch, target.dtype))
     _repair_generation_config(merged)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        merged.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        partial.rename(out)
+        with written_whole(out) as partial:
+            merged.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out
 
 

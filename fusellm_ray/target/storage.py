@@ -89,6 +89,27 @@ class Checkpoints:
                 pyarrow.fs.copy_files(path, directory, source_filesystem=self._filesystem)
             yield Path(directory)
 
+    def read_text(self, name: str) -> str | None:
+        """A file of the run's folder, None if there is none; bytes that are no text are replaced."""
+        path = f"{self._root}/{name}"
+        with self._reading():
+            if self._filesystem.get_file_info(path).type != pyarrow.fs.FileType.File:
+                return None
+            with self._filesystem.open_input_stream(path) as stream:
+                return bytes(stream.read()).decode(errors="replace")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file of the run's folder anew.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        try:
+            with self._filesystem.open_output_stream(f"{self._root}/{name}") as stream:
+                stream.write(text.encode())
+        except OSError as error:
+            raise CheckpointError(f"{self.folder}/{name}: cannot be written ({error})") from error
+
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
         try:

@@ -8,7 +8,6 @@ fusellm-ray teachers status | down CONFIG
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from fusellm_ray.cluster import cluster_address
 from fusellm_ray.config import Config, TeacherConfig
 from fusellm_ray.errors import ClusterError, ConfigError, FuseLLMError
 from fusellm_ray.observe.progress import Display
@@ -47,8 +47,8 @@ def running_cluster() -> Iterator[None]:
     Raises:
         ConfigError: there is none; teachers on a private one would end with this process.
     """
-    address = os.environ.get("RAY_ADDRESS")
-    if not address or address == "local":
+    address = cluster_address()
+    if address is None:
         raise ConfigError(
             "RAY_ADDRESS names no cluster: teachers that outlive a run need one that does, too; start one "
             "(ray start --head) and set RAY_ADDRESS, or use `fusellm-ray train` without --attach"
