@@ -51,6 +51,8 @@ _AGREEMENT_NATS = {"float32": 0.01}
 """How far replicas may differ on the self-test's passage, in the mean over its tokens; logprobs are float16 here ..."""
 _ROUGH_AGREEMENT_NATS = 0.1
 """... and in any other dtype, or quantised, kernels of different devices round differently."""
+_MAX_REQUESTS = 100_000
+"""That a replica may hold: past Ray's own limit, 1 000, a heartbeat would wait behind them."""
 _MAX_FAILURES = 4
 """Requests in a row that a replica may fail; a new process may heal what its engine does not know of itself."""
 STOP_TIMEOUT_S = 30.0
@@ -235,6 +237,7 @@ class TeacherPool:
                 num_gpus=resources.num_gpus,
                 resources=resources.custom,
                 label_selector=resources.labels or None,
+                max_concurrency=_MAX_REQUESTS,
                 max_restarts=-1,
                 max_task_retries=0,  # ranks send again themselves, to whichever replica is up
                 runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}},

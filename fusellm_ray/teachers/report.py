@@ -33,7 +33,7 @@ class Description:
     identity: dict[str, Any]
     """What `fingerprint` is the hash of; see `scoring.teacher_identity`."""
     passage_logprobs: tuple[float, ...]
-    """Gold logprobs of the self-test's passage in the target's tokens; NaN where it says nothing."""
+    """Gold logprobs of the self-test's passage in the target's tokens; -inf where it says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
