@@ -396,7 +396,11 @@ def _fit(
     """Train to the end of the run; meanwhile bring records and wishes from one side to the other."""
     config = task.config
     control: Any = task.control  # Ray's handles have no types
-    restore_snapshot(checkpoints)
+    lost = restore_snapshot(checkpoints)
+    if lost:
+        steps = checkpoints.steps()
+        where = f"from step {steps[-1]}" if steps else "from the beginning"
+        display.note(f"{', '.join(lost)} in {checkpoints.folder}: damaged or gone; going on {where}")
     trainer = _make_trainer(task, checkpoints.storage)
     failure: list[BaseException] = []
 

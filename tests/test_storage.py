@@ -122,29 +122,29 @@ def test_an_incomplete_checkpoint_is_not_handed_out(tmp_path):
 
 def resumed_from(root):
     """What Ray Train would give to the ranks, and keep."""
-    restore_snapshot(Checkpoints(str(root), "run"))
+    lost = restore_snapshot(Checkpoints(str(root), "run"))
     manager = CheckpointManager(CheckpointConfig(), StorageContext(str(root), "run"))
     kept = [result.checkpoint.path.rpartition("/")[2] for result in manager.best_checkpoint_results]
     latest = manager.latest_checkpoint_result
-    return kept, latest and latest.checkpoint.path.rpartition("/")[2]
+    return kept, latest and latest.checkpoint.path.rpartition("/")[2], lost
 
 
 def test_ray_resumes_from_the_latest_complete_checkpoint_whatever_it_remembers(tmp_path):
     snapshot = tmp_path / "run" / SNAPSHOT_FILE
     (tmp_path / "run").mkdir()
-    assert resumed_from(tmp_path) == ([], None)
+    assert resumed_from(tmp_path) == ([], None, [])
     assert not snapshot.exists()
     older, newer = write(tmp_path, 10), write(tmp_path, 20)
-    assert resumed_from(tmp_path) == ([older.name, newer.name], newer.name)
+    assert resumed_from(tmp_path) == ([older.name, newer.name], newer.name, [])
     text = snapshot.read_text()
     snapshot.write_text(text[: len(text) // 2])  # the controller was killed as it wrote
-    assert resumed_from(tmp_path) == ([older.name, newer.name], newer.name)
+    assert resumed_from(tmp_path) == ([older.name, newer.name], newer.name, [])
     next(newer.glob("shard-00002*")).unlink()
-    assert resumed_from(tmp_path) == ([older.name], older.name)
+    assert resumed_from(tmp_path) == ([older.name], older.name, [newer.name])
     for file in older.iterdir():
         file.unlink()
     older.rmdir()
-    assert resumed_from(tmp_path) == ([], None)
+    assert resumed_from(tmp_path) == ([], None, [older.name])
 
 
 def test_a_list_that_is_true_is_left_alone(tmp_path):

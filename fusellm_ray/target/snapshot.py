@@ -19,8 +19,11 @@ from fusellm_ray.target.storage import Checkpoints, step_folder
 SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
 
 
-def restore_snapshot(checkpoints: Checkpoints) -> None:
+def restore_snapshot(checkpoints: Checkpoints) -> list[str]:
     """Write the list anew if it does not name the run's complete checkpoints, and these alone.
+
+    Returns:
+        Names of listed checkpoints that are damaged or gone.
 
     Raises:
         CheckpointError: the storage cannot be read or written.
@@ -28,9 +31,10 @@ def restore_snapshot(checkpoints: Checkpoints) -> None:
     steps = checkpoints.steps()
     names = [step_folder(step) for step in steps]
     text = checkpoints.read_text(SNAPSHOT_FILE)
+    listed = _listed(text)
     is_new = text is None and not names
-    if is_new or _listed(text) == (names, names[-1] if names else None):
-        return
+    if is_new or listed == (names, names[-1] if names else None):
+        return []
     results = [
         _TrainingResultState(checkpoint_dir_name=name, metrics={"step": step})
         for name, step in zip(names, steps, strict=True)
@@ -47,6 +51,7 @@ def restore_snapshot(checkpoints: Checkpoints) -> None:
         failed_validation_checkpoint_dir_names=[],
     )
     checkpoints.write_text(SNAPSHOT_FILE, state.json())
+    return [name for name in listed[0] if name not in names] if listed else []
 
 
 def _listed(text: str | None) -> tuple[list[str], str | None] | None:
