@@ -654,14 +654,11 @@ class Config(Frozen):
         return self
 
     def _refuse_comparison_of_one_hot(self) -> None:
-        settings = {
-            "fusion.granularity=token": self.fusion.granularity == "token"
-            and self.fusion.rule in ("min_ce", "avg_ce"),
-            "fusion.gate=live_target": self.fusion.gate == "live_target",
-        }
-        for setting in (name for name, is_set in settings.items() if is_set):
+        by_token = self.fusion.granularity == "token" and self.fusion.rule in ("min_ce", "avg_ce")
+        if by_token or self.fusion.gate == "live_target":
+            setting = "granularity=token" if by_token else "gate=live_target"
             raise ValueError(
-                f"{setting} compares nats position by position, and with alignment.sequence="
+                f"fusion.{setting} compares nats position by position, and with alignment.sequence="
                 f"{self.alignment.sequence} and straddle={self.alignment.straddle} some positions hold the gold token "
                 "alone, at no cost; take sequence=span with straddle=condition or mask, or another setting than this"
             )

@@ -144,16 +144,24 @@ def test_equal_tokenizers_give_the_top_k_back_unchanged(
 
 
 @pytest.mark.parametrize("k", [16, None])
-@pytest.mark.parametrize("teacher", ["bytelevel", "metaspace", "llama"])
 @pytest.mark.parametrize("target", ["bytelevel", "llama", "unigram"])
-@pytest.mark.parametrize("text", [t for t in TEXTS if "ﬁ" not in t and t[0] != "\n"])
+@pytest.mark.parametrize(
+    ("text", "teacher"),
+    [
+        (text, teacher)
+        for text in TEXTS
+        for teacher in ("bytelevel", "metaspace", "llama")
+        if "ﬁ" not in text and text[0] != "\n"
+        # The reference does without tokens of no width, as Llama's bytes of these characters are.
+        if teacher != "llama" or text not in TEXTS[2:4]
+    ],
+)
 def test_gold_follows_the_rule_by_the_letter(
     target: Kind, teacher: Kind, text: str, k: int | None, tokenizers: dict, aligners: dict
 ) -> None:
     case = case_of(text, tokenizers[target], tokenizers[teacher], k=k)
     widths = np.diff(case.sequences.teacher_ends)
-    if (widths[:-1] == 0).any():
-        pytest.skip("the reference does without tokens of no width")
+    assert (widths[:-1] > 0).all()
     aligned = case.align(aligners[target, teacher])
     ends = case.sequences.target_ends
     first = 0 if case.teacher_has_bos else case.sequences.teacher_ends[0]
