@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fusellm_ray.alignment.project import Aligned
 from fusellm_ray.corpus.rows import Segment
 from fusellm_ray.errors import FrameError
-from fusellm_ray.stream import frame
+from fusellm_ray.stream import float16, frame
 from fusellm_ray.stream.frame import answer_bytes, decode_frame, decode_request, encode_frame, encode_request
 
 NAMES = {"teacher": "qwen", "fingerprint": "f" * 64}
@@ -100,6 +100,20 @@ def test_an_answer_survives_the_wire_within_the_precision_of_float16(vocab_size:
             sent.teacher_tokens,
             sent.teacher_bytes,
         )
+
+
+def test_float32_is_rounded_to_float16_as_numpy_does() -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    every = np.sort(every[np.isfinite(every)])
+    ties = ((every[1:].astype(np.float64) + every[:-1]) / 2).astype(np.float32)
+    beside = [np.nextafter(ties, np.float32(sign * np.inf)) for sign in (-1, 1)]
+    beyond = np.array([65519.99, 65520, 7e4, -7e4, np.inf, -np.inf, 1e-9, -1e-30], np.float32)
+    drawn = np.random.default_rng(0).integers(0, 1 << 32, 1 << 20, dtype=np.uint32).view(np.float32)
+    values = np.concatenate([every, ties, *beside, beyond, drawn[~np.isnan(drawn)]])
+    with np.errstate(over="ignore"):
+        expected = values.astype(np.float16)
+    np.testing.assert_array_equal(float16.rounded(values).view(np.uint16), expected.view(np.uint16))
+    assert np.isnan(float16.rounded(np.full((2, 3), np.nan, np.float32))).all()
 
 
 def test_probabilities_of_what_was_read_add_up_to_one_where_valid() -> None:

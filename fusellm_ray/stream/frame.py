@@ -25,6 +25,7 @@ from numpy.typing import DTypeLike, NDArray
 from fusellm_ray.alignment.project import Aligned
 from fusellm_ray.corpus.rows import Segment
 from fusellm_ray.errors import FrameError
+from fusellm_ray.stream import float16
 
 VERSION = 1
 MASS_TOLERANCE = 0.01
@@ -45,14 +46,13 @@ Layout = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
 def in_wire_form(part: Aligned, vocab_size: int) -> Aligned:
     """`part` with the dtypes that a frame has, in arrays of its own: half the memory, and encoded as the same bytes."""
-    with np.errstate(over="ignore"):  # below -65504 nats is -inf in float16, as it should be
-        return replace(
-            part,
-            ids=part.ids.astype(_id_dtype(vocab_size)),
-            logprobs=part.logprobs.astype("<f2"),
-            gold=part.gold.astype("<f2"),
-            residual=part.residual.astype("<f2"),
-        )
+    return replace(
+        part,
+        ids=part.ids.astype(_id_dtype(vocab_size)),
+        logprobs=float16.rounded(part.logprobs),
+        gold=float16.rounded(part.gold),
+        residual=float16.rounded(part.residual),
+    )
 
 
 def encode_frame(parts: Sequence[Aligned], *, teacher: str, fingerprint: str, vocab_size: int) -> Buffer:
@@ -190,27 +190,19 @@ def _normalised(
     arrays: Mapping[str, NDArray[Any]], valid: NDArray[np.bool_]
 ) -> tuple[NDArray[np.float32], ...]:
     """logprobs [N,k], gold [N], residual [N] in float32, checked, and summing to one where valid."""
-    logprobs, gold, residual = (arrays[name].astype(np.float32) for name in ("logprobs", "gold", "residual"))
-    with np.errstate(over="ignore", invalid="ignore"):
-        mass = np.exp(logprobs).sum(axis=1) + np.exp(gold) + np.exp(residual)
-        sound = np.where(valid, np.abs(mass - 1) <= MASS_TOLERANCE, gold <= MASS_TOLERANCE) & np.isfinite(
-            mass
-        )
-    if not sound.all():
-        at = int(np.argmin(sound))
-        for name, values in (("logprobs", logprobs), ("gold", gold), ("residual", residual)):
-            row = values[at]
-            if np.isnan(row).any() or (row > MASS_TOLERANCE).any():
-                _refuse(name, f"position {at} holds {row.tolist()}, which are no logprobs")
-        _refuse(
-            "logprobs",
-            f"the probabilities of position {at} add up to {mass[at]:.4f}, not to 1 within {MASS_TOLERANCE}",
-        )
-    log_mass = np.where(valid, np.log(np.where(valid, mass, 1.0)), 0.0).astype(np.float32)
-    logprobs -= log_mass[:, None]
-    gold -= log_mass
-    residual -= log_mass
-    return logprobs, gold, residual
+    halves = arrays["logprobs"], arrays["gold"], arrays["residual"]
+    *normalised, at = float16.normalised(*halves, valid, MASS_TOLERANCE)
+    if at < 0:
+        return tuple(normalised)
+    rows = [array[at].astype(np.float32) for array in halves]
+    for name, row in zip(("logprobs", "gold", "residual"), rows, strict=True):
+        if np.isnan(row).any() or (row > MASS_TOLERANCE).any():
+            _refuse(name, f"position {at} holds {row.tolist()}, which are no logprobs")
+    mass = sum(float(np.exp(row).sum()) for row in rows)
+    _refuse(
+        "logprobs",
+        f"the probabilities of position {at} add up to {mass:.4f}, not to 1 within {MASS_TOLERANCE}",
+    )
 
 
 # ---------------------------------------------------------------------------------------- requests
