@@ -21,6 +21,7 @@ from fusellm_ray.corpus.rows import Segment
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.errors import AlignmentError, ClusterError, ConfigError, FrameError, TeacherLostError
 from fusellm_ray.observe.progress import Display
+from fusellm_ray.stream import client
 from fusellm_ray.stream.address import TeacherAddress
 from fusellm_ray.stream.client import TeacherStream
 from fusellm_ray.stream.frame import decode_frame, encode_request
@@ -295,6 +296,31 @@ def test_an_abandoned_stream_leaves_its_teachers_to_the_next(
 def test_time_away_from_the_stream_does_not_count(costed: Service, models: dict[str, Path]) -> None:
     for _ in costed.stream("slow", deadline_s=6, in_flight_tokens=1).join(batches(models, 2, 1, size=150)):
         time.sleep(7)
+
+
+def test_time_away_from_the_stream_does_not_hide_a_straggler(
+    costed: Service, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_SLOW", 20.0)
+    asked = batches(models, 8)
+    stream = costed.stream("sim", in_flight_tokens=1)
+    frozen, _ = costed.replicas("sim")
+    seen: Joined = []
+    waited_s = 0.0
+    try:
+        for number, joined in enumerate(stream.join(asked)):
+            seen.append(joined)
+            if number < 4:
+                time.sleep(1.5)  # 20 times that is no usual time for an answer
+            elif number == 4:
+                waited_s = stream.wait_s
+                os.kill(frozen.pid, signal.SIGSTOP)
+    finally:
+        os.kill(frozen.pid, signal.SIGCONT)
+    assert stream.stats()["sim"].retries > 0
+    assert stream.wait_s - waited_s < 5
+    assert_same_bits(seen, asked, costed.alone(asked, "sim"))
+    wait_ready(costed.pools, PATIENCE_S)
 
 
 def test_a_teacher_that_hangs_is_lost_within_its_deadline(costed: Service, models: dict[str, Path]) -> None:

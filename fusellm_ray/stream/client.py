@@ -43,6 +43,8 @@ lost; crashes do not count."""
 _FRAME_ADVICE = (
     "two processes answered so; install the same fusellm_ray on every node, and see the teacher's log"
 )
+_INSTANT_S = 1e-3
+"""What was there after so short a wait may have been there before."""
 _SLOW_S, _SLOW = 2.0, 4.0
 """A replica that has been silent for so many seconds, and for so many times what answers usually take, is a
 straggler: its request goes to another one as well."""
@@ -247,7 +249,7 @@ class TeacherStream:
             if request is None:
                 self._take_table(teacher, ref)
                 continue
-            answer = self._take_answer(teacher, request, ref)
+            answer = self._take_answer(teacher, request, ref, came_now=waited > _INSTANT_S)
             if answer is None:
                 continue
             if teacher.is_lost:
@@ -260,7 +262,9 @@ class TeacherStream:
         self._check_time()
         self._send_unsent()
 
-    def _take_answer(self, teacher: TeacherQueue, request: Request, ref: Any) -> list[Aligned] | None:
+    def _take_answer(
+        self, teacher: TeacherQueue, request: Request, ref: Any, *, came_now: bool
+    ) -> list[Aligned] | None:
         replica = request.attempts.pop(ref)
         teacher.load[replica] -= request.tokens
         try:
@@ -279,7 +283,12 @@ class TeacherStream:
         self._ignore(teacher, request)
         del teacher.in_flight[request.batch]
         took_s = time.monotonic() - request.asked_at
-        teacher.answer_s = 0.9 * teacher.answer_s + 0.1 * took_s if teacher.answer_s else took_s
+        if not teacher.answer_s:
+            teacher.answer_s = took_s
+        elif came_now:
+            teacher.answer_s = 0.9 * teacher.answer_s + 0.1 * took_s
+        else:  # it may have lain here while the caller was away
+            teacher.answer_s = min(teacher.answer_s, took_s)
         teacher.progress_at = teacher.heard_at[replica] = self._now()
         teacher.backoff_s = 0.0
         teacher.traffic.answers += 1

@@ -76,7 +76,7 @@ class TeacherQueue:
         self.heard_at: dict[int, float] = {}
         """When each replica last answered."""
         self.answer_s = 0.0
-        """From request to answer, a running mean; 0 before the first."""
+        """From request to answer, a running mean of those that were waited for; 0 before the first."""
         self.unsent: deque[Request] = deque()
         self.in_flight: dict[int, Request] = {}
         self.table_ref: Any = None
