@@ -22,7 +22,6 @@ from typing import Any
 import ray
 import torch
 import transformers
-from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
 from fusellm_ray.config import Config
 from fusellm_ray.config_file import parse_config
@@ -31,6 +30,7 @@ from fusellm_ray.corpus.source import Corpus
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.job import start_private_ray
 from fusellm_ray.stream.client import TeacherAddress, TeacherStream
+from fusellm_ray.stream.memory import DiskWatch
 from fusellm_ray.target.batches import RankBatches
 from fusellm_ray.teachers.service import start_pools, stop_pools, wait_ready
 
@@ -127,13 +127,6 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def disk_bytes() -> int:
-    """What the object store has spilled or put in files, by Ray's own count."""
-    state = get_state_from_address(ray.get_runtime_context().gcs_address)
-    store = get_memory_info_reply(state).store_stats
-    return store.spilled_bytes_total + store.object_store_bytes_fallback
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -164,6 +157,7 @@ def measure(config: Config, addresses: dict[str, TeacherAddress], num_tokens: in
     tokenizer = ByteTokenizer.load(config.target.model)
     corpus = Corpus.open(config.corpus, 0)
     rows = config.training.batch_rows
+    disk = DiskWatch()
     readers = {i: ShardReader(corpus, tokenizer, i, rows, config.corpus.row_tokens) for i in range(rows)}
     stream = TeacherStream(list(addresses.values()), config.stream, tokenizer.vocab_size)
     batches = RankBatches(readers, stream, config, pad_id=0, num_micro=1, device=torch.device("cpu"))
@@ -200,7 +194,7 @@ def measure(config: Config, addresses: dict[str, TeacherAddress], num_tokens: in
         "tokens_per_s": round(tokens / seconds),
         "tokens": tokens,
         "bytes_per_token_per_teacher": round(max(per_token), 2),
-        "disk_bytes": disk_bytes(),
+        "disk_bytes": disk.count(),
         "memory_growth_mb": {name: round(size / 1e6, 1) for name, size in growth.items()},
         "cpu_us_per_token": {name: round(s / tokens * 1e6, 2) for name, s in cpu.items()},
         "wait_s": round(stream.wait_s, 2),

@@ -18,12 +18,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import ray
 import torch
+from ray.exceptions import RayError
 from rich.console import Console
 
 from fusellm_ray.config import Config, ModelConfig, TeacherConfig, VllmEngine
@@ -38,13 +40,16 @@ from fusellm_ray.folders import try_lock
 from fusellm_ray.job import export_run, local_or_running_cluster, run_job
 from fusellm_ray.observe.progress import make_display
 from fusellm_ray.perplexity import MEASURE, DocumentScore, by_domain, evaluate_model, held_out_documents
-from fusellm_ray.plan import fits_beside, require_resources
+from fusellm_ray.plan import fits_beside, rank_resources, require_resources
 from fusellm_ray.quickstart.domains import build_domains, build_text
 from fusellm_ray.quickstart.zoo import OnProgress, build_zoo, point_latest
 from fusellm_ray.report.write import write_report
+from fusellm_ray.stream.failures import cause_of, summary_of
 from fusellm_ray.study import Arm, Study
 from fusellm_ray.target.storage import BEST_FOLDER, STEP_FOLDER
 from fusellm_ray.teachers.service import stop_pools, supervise
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,25 +154,26 @@ def _make(
         failures[name] = f"{type(error).__name__}: {error}"
         console.print(f"{name} failed: {failures[name]}", style="red", markup=False)
 
-    for cell in missing:
-        if cell.arm.kind != "train":
-            announce(cell, cell.arm.kind)
-            started = time.perf_counter()
-            try:
-                scores = _score_untrained(study, cell, documents)
-            except FuseLLMError as error:
-                failed(cell, error)
-                continue
-            _keep(study, cell, scores, time.perf_counter() - started)
     trained = {
         cell.name: (cell, study.config(cell.arm, seed=cell.seed, run=cell.name))
         for cell in missing
         if cell.arm.kind == "train"
     }
-    if not trained:
-        return True
-    with local_or_running_cluster(study.config()), _Teachers() as teachers:
-        _require_resources(trained.values(), console)
+    with contextlib.ExitStack() as stack:
+        if trained:
+            stack.enter_context(local_or_running_cluster(study.config()))
+            _require_resources(trained.values(), console)
+        for cell in missing:
+            if cell.arm.kind != "train":
+                announce(cell, cell.arm.kind)
+                started = time.perf_counter()
+                try:
+                    scores = _score_untrained(study, cell, documents)
+                except FuseLLMError as error:
+                    failed(cell, error)
+                    continue
+                _keep(study, cell, scores, time.perf_counter() - started)
+        teachers = stack.enter_context(_Teachers())
         waiting = _by_teachers([config for _, config in trained.values()])
         while waiting:
             cell, config = trained[waiting[0].run.name]
@@ -270,16 +276,39 @@ def _training_only(config: Config) -> Config:
 
 
 def _score_model(study: Study, model: ModelConfig, documents: list[Document]) -> list[DocumentScore]:
+    """On a GPU that a rank would get, where arms are trained on GPUs: this process may have none, and the first that
+    it sees may be full of a teacher."""
+    config = study.config()
+    context = study.context or config.corpus.row_tokens
+    if config.trainer.use_gpu and ray.is_initialized():
+        return _as_a_task(rank_resources(config), _score, model, documents, context)
+    return _score(model, documents, context)
+
+
+def _score(model: ModelConfig, documents: list[Document], context: int) -> list[DocumentScore]:
     try:
         return evaluate_model(
             model,
             documents,
-            row_tokens=study.context or study.config().corpus.row_tokens,
+            row_tokens=context,
             batch_rows=4,
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
     finally:
         torch.cuda.empty_cache()  # teachers and ranks of later arms want that memory
+
+
+def _as_a_task(amounts: dict[str, float], function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function of this module on a node that has so much of each resource free."""
+    custom = {name: amount for name, amount in amounts.items() if name not in ("CPU", "GPU")}
+    task = ray.remote(
+        num_cpus=amounts.get("CPU", 0), num_gpus=amounts.get("GPU", 0), resources=custom, max_retries=0
+    )(function)
+    try:
+        return ray.get(task.remote(*arguments))
+    except RayError as error:
+        cause = cause_of(error)
+        raise cause if isinstance(cause, FuseLLMError) else FuseLLMError(summary_of(cause)) from error
 
 
 def _score_untrained(study: Study, cell: Cell, documents: list[Document]) -> list[DocumentScore]:
@@ -313,7 +342,9 @@ def _score_trained(study: Study, config: Config, documents: list[Document]) -> l
 
 def _made(study: Study, folder: Path) -> ModelConfig:
     """A model that was made from the target, and runs its code."""
-    return ModelConfig(model=str(folder), trust_remote_code=study.config().target.trust_remote_code)
+    return ModelConfig(
+        model=str(folder.absolute()), trust_remote_code=study.config().target.trust_remote_code
+    )
 
 
 def _drop_checkpoints(study: Study, config: Config) -> None:

@@ -16,10 +16,12 @@ import pytest
 
 from fusellm_ray import compare
 from fusellm_ray.compare import _by_teachers, _cells, run_comparison
-from fusellm_ray.errors import ConfigError, FuseLLMError
+from fusellm_ray.config import ModelConfig
+from fusellm_ray.errors import ConfigError, FuseLLMError, ModelError
 from fusellm_ray.evaluate.models import evaluate_models
 from fusellm_ray.folders import try_lock
 from fusellm_ray.job import Outcome
+from fusellm_ray.perplexity import held_out_documents
 from fusellm_ray.study import Study, parse_study
 from tests.runs import build_run, model_folder, of_event
 
@@ -161,6 +163,24 @@ def test_a_study_stopped_during_a_step_goes_on_there_with_each_seed_once(
     assert kd["seeds"]["0"]["mean"] != kd["seeds"]["1"]["mean"]
     assert kd["mean"] < untouched["mean"]
     assert told["differences"]["kd"]["mean"]["difference"] == pytest.approx(kd["mean"] - untouched["mean"])
+
+
+def test_a_task_scores_elsewhere_and_fails_with_the_error_of_its_own(
+    tmp_path: Path, tokenizer_folders: dict[str, Path], ray_session: None
+):
+    slot = {"train_slot": 1.0}
+    assert compare._as_a_task(slot, lambda: os.getpid()) != os.getpid()
+    config = tiny_study(tmp_path, tokenizer_folders).config()
+    documents = held_out_documents(config.evaluation.sources, 6000)
+    scores = compare._as_a_task(slot, compare._score, config.target, documents, 64)
+    assert [score.nats for score in scores] == pytest.approx(
+        [score.nats for score in compare._score(config.target, documents, 64)]
+    )
+    gone = ModelConfig(model=str(tmp_path / "gone"))
+    with pytest.raises(ModelError, match="gone"):
+        compare._as_a_task(slot, compare._score, gone, documents, 64)
+    with pytest.raises(FuseLLMError, match="WorkerCrashedError"):
+        compare._as_a_task(slot, lambda: os._exit(1))
 
 
 def test_idle_teachers_make_room_where_the_cluster_cannot_hold_both(
