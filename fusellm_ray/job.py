@@ -208,6 +208,7 @@ _ONE_NODE_ENVIRONMENT = {
     "RAY_event_stats": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_task_events_report_interval_ms": "0",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
     "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",  # its logs stay on this machine: look for new ones ...
     "LOG_NAME_UPDATE_INTERVAL_S": "60",  # ... this often, not ten times a second
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process that asks whether this one node is taken away

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
 """Longest sleep between looks at deadlines and unsent requests."""
+_INLINE_BYTES = 1 << 16
+"""Requests up to this size travel inside each call, as Ray lets them; larger ones are stored once for all teachers."""
 _BACKOFF_S = (0.2, 5.0)
 """First and longest pause before a failed request is sent again."""
 _MAX_WRONG_ANSWERS = 8
@@ -165,7 +167,7 @@ class TeacherStream:
         num_bytes = request.nbytes
         is_shared = any(teacher.address.is_shared for teacher in self._teachers)
         digest = hashlib.blake2b(request.data, digest_size=8).digest() if is_shared else b""
-        message = ray.put(request) if self._teachers else None
+        message = request if num_bytes <= _INLINE_BYTES else ray.put(request)
         for teacher in self._teachers:
             if teacher.is_lost:
                 teacher.traffic.dropped += positions

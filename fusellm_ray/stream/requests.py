@@ -32,6 +32,7 @@ class Request:
 
     batch: int
     message: Any
+    """The bytes, or where they are stored."""
     digest: bytes
     """Of the message; by it the same text goes to the same replica of a shared teacher. Empty for others."""
     num_positions: list[int]
