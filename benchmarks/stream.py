@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import pydoc_data.topics
@@ -173,6 +174,7 @@ def measure(config: Config, addresses: dict[str, TeacherAddress], num_tokens: in
             taken += batch.num_gold
         return taken
 
+    gc.freeze()  # as a rank does
     try:
         take(num_tokens // 4)
         before = {name: own_memory_bytes(pid) for name, pid in pids.items()}

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from fusellm_ray.alignment import Aligner
-from fusellm_ray.alignment.compiled import compiled
 from fusellm_ray.alignment.statistics import (
     Kind,
     alignment_statistics,
@@ -18,6 +17,7 @@ from fusellm_ray.alignment.statistics import (
     mass_statistics,
     position_kinds,
 )
+from fusellm_ray.compiled import compiled
 from fusellm_ray.config import AlignmentConfig
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.errors import AlignmentError

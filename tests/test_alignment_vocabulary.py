@@ -35,6 +35,15 @@ class Greedy:
     def __post_init__(self) -> None:
         object.__setattr__(self, "vocab_size", len(self.token_bytes))
 
+    def encode_each(self, texts: Sequence[str]) -> list[Encoding | TokenizerError]:
+        outcomes: list[Encoding | TokenizerError] = []
+        for text in texts:
+            try:
+                outcomes.append(self.encode(text))
+            except TokenizerError as error:
+                outcomes.append(error)
+        return outcomes
+
     def encode(self, text: str) -> Encoding:
         rest, ids = text.encode(), []
         while rest:

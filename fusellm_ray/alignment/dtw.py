@@ -12,8 +12,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fusellm_ray.alignment.compiled import compiled
 from fusellm_ray.alignment.edit_distance import Strings, pair_costs
+from fusellm_ray.compiled import compiled
 
 DIAGONAL, UP, LEFT = 0, 1, 2
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fusellm_ray.alignment.compiled import compiled, inlined
+from fusellm_ray.compiled import compiled, inlined
 
 WORD = 64
 

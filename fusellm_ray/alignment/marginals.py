@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fusellm_ray.alignment.compiled import compiled, inlined
 from fusellm_ray.alignment.vocabulary import NOWHERE, UNRESOLVED
+from fusellm_ray.compiled import compiled, inlined
 
 # What stands at a position instead of a teacher row.
 NOTHING = -1
@@ -85,7 +85,8 @@ class Read(NamedTuple):
 
     @classmethod
     def empty(cls, num_tokens: int) -> Read:
-        return cls(np.full(num_tokens, np.nan), np.zeros(num_tokens), np.zeros(num_tokens, np.int32))
+        """To be filled."""
+        return cls(np.empty(num_tokens), np.empty(num_tokens), np.empty(num_tokens, np.int32))
 
 
 class Distributions(NamedTuple):
@@ -99,11 +100,15 @@ class Distributions(NamedTuple):
 
     @classmethod
     def empty(cls, num_positions: int, top_k: int) -> Distributions:
-        def nothing(*shape: int) -> NDArray[np.float32]:
-            return np.full(shape, -np.inf, np.float32)
-
+        """To be filled."""
         n, k = num_positions, top_k
-        return cls(np.zeros((n, k), np.int32), nothing(n, k), nothing(n), nothing(n), np.zeros(n, np.bool_))
+        return cls(
+            np.empty((n, k), np.int32),
+            np.empty((n, k), np.float32),
+            np.empty(n, np.float32),
+            np.empty(n, np.float32),
+            np.empty(n, np.bool_),
+        )
 
 
 class Workspace(NamedTuple):
@@ -146,10 +151,23 @@ def add_up(top_ids, top_mass, gold, vocab_size, max_mass, total, gaps):
 
 
 @compiled
+def own_sums(gold, ends, num_rows):
+    """Over the teacher's own tokens that rows say something of: nats, how many they are, their bytes."""
+    nats, num_tokens, num_bytes = 0.0, 0, 0
+    for q in range(num_rows):
+        if not np.isnan(gold[q]):
+            nats -= gold[q]
+            num_tokens += 1
+            num_bytes += ends[q + 1] - ends[q]
+    return nats, num_tokens, num_bytes
+
+
+@compiled
 def read_logprobs(text, positions, rows, tables, read):
     """Fill `read`."""
     for i in range(len(positions.ends)):
         q = positions.boundary[i]
+        read.logprob[i], read.inside[i], read.gaps[i] = np.nan, 0.0, 0
         if q < 0:
             continue
         if rows.ends[q] < positions.ends[i]:
@@ -200,6 +218,7 @@ def project(text, positions, rows, tables, read, result, work, todo):
     for p in todo:
         gold_logprob = read.logprob[p + 1] - read.logprob[p]
         is_known = read.gaps[p + 1] == read.gaps[p] and not np.isnan(gold_logprob)
+        _set_nothing(result, p)
         if is_known:
             result.gold[p] = gold_logprob
         row = positions.row[p]
@@ -230,6 +249,14 @@ def project(text, positions, rows, tables, read, result, work, todo):
 
 
 @inlined
+def _set_nothing(result, p):
+    for c in range(result.ids.shape[1]):
+        result.ids[p, c], result.logprobs[p, c] = 0, -np.inf
+    result.gold[p] = result.residual[p] = -np.inf
+    result.valid[p] = False
+
+
+@inlined
 def _set_one_hot(result, p):
     result.gold[p] = 0.0
     result.valid[p] = True
@@ -245,9 +272,6 @@ def _store(result, p, gold_mass, work, size):
         result.ids[p, c] = work.ids[c]
         result.logprobs[p, c] = work.logprobs[c]
         kept += work.mass[c]
-    for c in range(size, top_k):
-        result.ids[p, c] = 0
-        result.logprobs[p, c] = -np.inf
     result.residual[p] = np.log(1.0 - kept) if kept < 1.0 - ROUNDING else -np.inf
     result.valid[p] = True
 

@@ -9,12 +9,13 @@ Called by a teacher replica for each segment, from any thread; the kernels hold 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fusellm_ray.alignment.compiled import frozen
 from fusellm_ray.alignment.dtw import sole_matches
 from fusellm_ray.alignment.edit_distance import Strings
 from fusellm_ray.alignment.marginals import (
@@ -27,11 +28,13 @@ from fusellm_ray.alignment.marginals import (
     TeacherRows,
     Workspace,
     add_up,
+    own_sums,
     project,
     read_logprobs,
 )
 from fusellm_ray.alignment.spans import TokenSequence, teacher_indices
 from fusellm_ray.alignment.vocabulary import Vocabulary, VocabularyMap, string_of, text_tokens
+from fusellm_ray.compiled import frozen
 from fusellm_ray.config import AlignmentConfig
 from fusellm_ray.errors import AlignmentError
 
@@ -62,6 +65,40 @@ class Aligned:
     """... over this many of them (those it has a distribution for) ..."""
     teacher_bytes: int
     """... which cover this many bytes."""
+
+
+class Scored(NamedTuple):
+    """One segment as a teacher has scored it."""
+
+    text: bytes
+    """Which both token sequences cover."""
+    target_ids: NDArray[np.int32]
+    """[T] with BOS and EOS as the tokenizer adds them."""
+    target_ends: NDArray[np.int32]
+    teacher_ids: NDArray[np.int32]
+    """[M] likewise."""
+    teacher_ends: NDArray[np.int32]
+    top_ids: NDArray[np.int32]
+    """[M-1, K] the teacher's most probable next tokens."""
+    top_logprobs: NDArray[np.float32]
+    """[M-1, K] nats; -inf: unused."""
+    gold_logprobs: NDArray[np.float32]
+    """[M-1] of teacher_ids[q + 1] in row q; NaN where the teacher has no distribution."""
+
+
+@dataclass(slots=True)
+class _Segment:
+    """One on its way from `Scored` to `Aligned`."""
+
+    letters: NDArray[np.uint8]
+    positions: Positions
+    rows: TeacherRows
+    read: Read
+    result: Distributions
+    own: tuple[float, int, int]
+    """The teacher's nats, tokens and bytes."""
+    todo: NDArray[np.int32]
+    """Positions that are not filled yet."""
 
 
 class Aligner:
@@ -96,42 +133,66 @@ class Aligner:
         top_logprobs: NDArray[np.float32],
         gold_logprobs: NDArray[np.float32],
     ) -> Aligned:
-        """Bring a teacher's scores of one segment to the target's positions and vocabulary.
+        """Bring a teacher's scores of one segment to the target's positions and vocabulary; see `Scored`."""
+        scored = Scored(
+            text, target_ids, target_ends, teacher_ids, teacher_ends, top_ids, top_logprobs, gold_logprobs
+        )
+        return self.align_each([scored])[0]
 
-        Args:
-            text: the segment, which both token sequences cover.
-            target_ids, target_ends: [T] with BOS and EOS as the tokenizer adds them.
-            teacher_ids, teacher_ends: [M] likewise.
-            top_ids, top_logprobs: [M-1, K] the teacher's most probable next tokens, in nats; -inf: unused.
-            gold_logprobs: [M-1] of teacher_ids[q + 1] in row q; NaN where the teacher has no distribution.
+    def align_each(self, segments: Sequence[Scored]) -> list[Aligned]:
+        """The same for several segments: what they lack in the vocabulary's map is looked up at once.
 
         Raises:
             AlignmentError: lengths, offsets or probabilities that do not belong together.
         """
-        target = TokenSequence.of(self.target, target_ids, target_ends, len(text), "target")
-        teacher = TokenSequence.of(self.teacher, teacher_ids, teacher_ends, len(text), "teacher")
-        rows = _checked_rows(teacher, top_ids, top_logprobs, gold_logprobs, self.teacher.vocab_size)
-        positions = self.positions(target, teacher)
-        letters = np.frombuffer(text, np.uint8)
+        begun = [self._begin(segment) for segment in segments]
+        waiting = begun
+        while waiting:
+            missing = [self._project(part) for part in waiting]
+            waiting = [part for part in waiting if len(part.todo)]
+            if waiting:
+                self.map.resolve(np.concatenate(missing))
+        return [
+            Aligned(*part.result, teacher_nats=nats, teacher_tokens=tokens, teacher_bytes=num_bytes)
+            for part in begun
+            for nats, tokens, num_bytes in (part.own,)
+        ]
+
+    def _begin(self, segment: Scored) -> _Segment:
+        num_bytes = len(segment.text)
+        target = TokenSequence.of(self.target, segment.target_ids, segment.target_ends, num_bytes, "target")
+        teacher = TokenSequence.of(
+            self.teacher, segment.teacher_ids, segment.teacher_ends, num_bytes, "teacher"
+        )
+        rows = _checked_rows(
+            teacher, segment.top_ids, segment.top_logprobs, segment.gold_logprobs, self.teacher.vocab_size
+        )
+        # Where the target does not predict the end, the teacher is not judged on it either.
+        nats, *sizes = own_sums(
+            rows.gold, rows.ends, len(rows.gold) - (teacher.has_eos and not target.has_eos)
+        )
+        positions, letters = self.positions(target, teacher), np.frombuffer(segment.text, np.uint8)
         read = Read.empty(len(target.ids))
         read_logprobs(letters, positions, rows, self._tables, read)
-        result = Distributions.empty(max(len(target.ids) - 1, 0), self.top_k)
-        work = self._workspace(rows.top_ids.shape[1] + 1)
-        todo = np.arange(len(result.gold), dtype=np.int32)
-        while len(todo):
-            num_missing, num_again = project(letters, positions, rows, self._tables, read, result, work, todo)
-            todo = todo[:num_again]
-            if num_missing:
-                self.map.resolve(work.missing[:num_missing])
-        scored = ~np.isnan(rows.gold)
-        if teacher.has_eos and not target.has_eos:
-            scored[-1] = False  # the target does not predict this end: neither is the teacher judged on it
-        return Aligned(
-            *result,
-            teacher_nats=max(0.0, -float(rows.gold[scored].sum(dtype=np.float64))),  # rounding may pass 1
-            teacher_tokens=int(scored.sum()),
-            teacher_bytes=int(np.diff(rows.ends)[scored].sum()),
+        num_positions = max(len(target.ids) - 1, 0)
+        return _Segment(
+            letters,
+            positions,
+            rows,
+            read,
+            Distributions.empty(num_positions, self.top_k),
+            (max(0.0, nats), *sizes),  # rounding may pass a probability of 1
+            np.arange(num_positions, dtype=np.int32),
         )
+
+    def _project(self, part: _Segment) -> NDArray[np.int64]:
+        """Fill what can be filled of its result; returns the map's entries that the rest waits for."""
+        work = self._workspace(part.rows.top_ids.shape[1] + 1)
+        num_missing, num_again = project(
+            part.letters, part.positions, part.rows, self._tables, part.read, part.result, work, part.todo
+        )
+        part.todo = part.todo[:num_again]
+        return work.missing[:num_missing].copy()
 
     def _workspace(self, num_candidates: int) -> Workspace:
         """This thread's own."""

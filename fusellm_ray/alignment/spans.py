@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fusellm_ray.alignment.compiled import compiled, frozen
 from fusellm_ray.alignment.vocabulary import Vocabulary
+from fusellm_ray.compiled import compiled, frozen
 from fusellm_ray.errors import AlignmentError
 
 
@@ -44,12 +44,13 @@ class TokenSequence:
             )
         if len(ids) == 0:
             return cls(ids, ends, False, False)
-        if ends[0] < 0 or ends[-1] != num_bytes or (ends[1:] < ends[:-1]).any():
+        are_ends, are_ids = _check(ids, ends, num_bytes, vocabulary.vocab_size)
+        if not are_ends:
             raise AlignmentError(
                 f"{who}: byte ends go from {ends[0]} to {ends[-1]}; they must grow from 0 to the text's "
                 f"{num_bytes} bytes. Tokenize this very text, and whole"
             )
-        if ids.min() < 0 or ids.max() >= vocabulary.vocab_size:
+        if not are_ids:
             raise AlignmentError(
                 f"{who}: token ids from {ids.min()} to {ids.max()}, vocabulary {vocabulary.vocab_size}; "
                 "load the tokenizer that made them, with its model's vocab_size"
@@ -65,6 +66,17 @@ class TokenSequence:
     def text_tokens(self) -> slice:
         """Without BOS and EOS."""
         return slice(int(self.has_bos), len(self.ids) - self.has_eos)
+
+
+@compiled
+def _check(ids, ends, num_bytes, vocab_size):
+    """Whether ends grow from 0 to `num_bytes`, and whether all ids are of the vocabulary."""
+    are_ends = ends[0] >= 0 and ends[-1] == num_bytes
+    are_ids = True
+    for i in range(len(ids)):
+        are_ids &= 0 <= ids[i] < vocab_size
+        are_ends &= i == 0 or ends[i] >= ends[i - 1]
+    return are_ends, are_ids
 
 
 def teacher_indices(target: TokenSequence, teacher: TokenSequence) -> NDArray[np.int32]:

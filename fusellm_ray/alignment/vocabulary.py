@@ -8,6 +8,7 @@ filled as texts ask for them: the kernel names what it misses, and `VocabularyMa
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,7 +51,7 @@ class Vocabulary(Protocol):
     def token_bytes(self) -> Sequence[bytes | None]: ...
     @property
     def strips_leading_space(self) -> bool: ...
-    def encode(self, text: str) -> Tokens: ...
+    def encode_each(self, texts: Sequence[str]) -> Sequence[Tokens | TokenizerError]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +108,7 @@ class TargetIndex:
             if part and self.ids.setdefault(part, i) != i:
                 doubled.add(part)
         # Of several ids with the same bytes ("a" and <0x61>) texts hold the one that the tokenizer writes.
-        for part in doubled:
-            first = self._first_token(part, at_start=False)
+        for part, first in zip(doubled, self._first_tokens(list(doubled), at_start=False), strict=True):
             if first != NOWHERE and target.token_bytes[first] == part:
                 self.ids[part] = first
 
@@ -122,42 +122,51 @@ class TargetIndex:
         """The token with these bytes, or NOWHERE."""
         return self.ids.get(self._marker + part if at_start else part, NOWHERE)
 
-    def canonical(self, part: bytes, at_start: bool) -> int:
-        """First token of the bytes' encoding; for bytes that are no text, the longest they begin with."""
-        first = self._first_token(part, at_start)
-        return self._longest_prefix(part, at_start) if first == NOWHERE else first
+    def canonical(self, parts: Sequence[bytes], at_start: bool) -> list[int]:
+        """First token of each one's encoding; for bytes that are no text, the longest they begin with."""
+        return [
+            self._longest_prefix(part, at_start) if first == NOWHERE else first
+            for part, first in zip(parts, self._first_tokens(parts, at_start), strict=True)
+        ]
 
-    def _first_token(self, part: bytes, at_start: bool) -> int:
-        try:
-            text = part.decode("utf-8")
-        except UnicodeDecodeError:
-            return NOWHERE
-        try:
-            return self._encoded_first(text, at_start)
-        except TokenizerError:  # no way to write this text
-            return NOWHERE
-
-    def _encoded_first(self, text: str, at_start: bool) -> int:
-        if at_start or not self._marker:
-            tokens = self._target.encode(text)
-            return self._text_token(tokens.ids[0]) if len(tokens.ids) else NOWHERE
-        for anchor in _ANCHORS:
-            tokens = self._target.encode(anchor + text)
-            after = int(np.searchsorted(tokens.ends, len(anchor.encode()), side="right"))
-            if 0 < after < len(tokens.ids) and tokens.ends[after - 1] == len(anchor.encode()):
-                return self._text_token(tokens.ids[after])
-        return NOWHERE
+    def _first_tokens(self, parts: Sequence[bytes], at_start: bool) -> list[int]:
+        found, texts = [NOWHERE] * len(parts), {}
+        for i, part in enumerate(parts):
+            with contextlib.suppress(UnicodeDecodeError):
+                texts[i] = part.decode()
+        for anchor in ("",) if at_start or not self._marker else _ANCHORS:
+            asked, texts = texts, {}
+            encodings = self._target.encode_each([anchor + text for text in asked.values()])
+            for (i, text), tokens in zip(asked.items(), encodings, strict=True):
+                if isinstance(tokens, TokenizerError):  # no way to write this text
+                    continue
+                first = _first_after(anchor, tokens)
+                if first is None:
+                    texts[i] = text
+                else:
+                    found[i] = self._text_token(int(tokens.ids[first]))
+        return found
 
     def _text_token(self, token: int) -> int:
         """The id, unless it stands for no bytes (an unknown token, a special spelt out in the text)."""
         usable = token not in self._target.special_ids and self._target.token_bytes[token] is not None
-        return int(token) if usable else NOWHERE
+        return token if usable else NOWHERE
 
     def _longest_prefix(self, part: bytes, at_start: bool) -> int:
         if at_start and self._marker:  # a lone marker comes first, then the bytes
             return self.ids.get(self._marker, NOWHERE)
         found = (self.ids[part[:n]] for n in range(len(part), 0, -1) if part[:n] in self.ids)
         return next(found, NOWHERE)
+
+
+def _first_after(anchor: str, tokens: Tokens) -> int | None:
+    """Which token is the first after the anchor; None if none begins there."""
+    first, begin = 0, len(anchor.encode())
+    if anchor:
+        first = int(tokens.ends.searchsorted(begin, side="right"))
+        if first == 0 or tokens.ends[first - 1] != begin:
+            return None
+    return first if first < len(tokens.ids) else None
 
 
 class VocabularyMap:
@@ -176,7 +185,7 @@ class VocabularyMap:
         self._rule: Callable[[list[bytes], bool], list[int]] = {
             "exact": self._nowhere,
             "mined": self._mined,
-            "prefix": self._canonical,
+            "prefix": self._index.canonical,
         }[projection]
         self._memo: dict[tuple[bytes, bool], int] = {}
         self.suffix = np.full(len(self.bytes.flat), UNRESOLVED, np.int32)
@@ -225,9 +234,6 @@ class VocabularyMap:
 
     def _nowhere(self, parts: list[bytes], at_start: bool) -> list[int]:
         return [NOWHERE] * len(parts)
-
-    def _canonical(self, parts: list[bytes], at_start: bool) -> list[int]:
-        return [self._index.canonical(part, at_start) for part in parts]
 
     def _mined(self, parts: list[bytes], at_start: bool) -> list[int]:
         # An id whose bytes texts spell with another one (<0x61> beside "a") is nobody's nearest.

@@ -25,11 +25,13 @@ import numpy.typing as npt
 import transformers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from fusellm_ray.compiled import compiled, frozen
 from fusellm_ray.config import ModelConfig, ReaderConfig
 from fusellm_ray.corpus.spelling import is_byte_level, prepended_token, special_tokens, speller, text_only
 from fusellm_ray.errors import TokenizerError
 
 _SHOWN = 24
+_NO_IDS = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,8 @@ class ByteTokenizer:
         # \xff occurs in no UTF-8 text, so a control token never passes for text.
         self._spelling = [b"\xff" if spelled is None else spelled for spelled in token_bytes]
         self._lengths = np.fromiter(map(len, self._spelling), np.int64, self.vocab_size)
+        self._letters = frozen(np.frombuffer(b"".join(self._spelling), np.uint8), np.uint8)
+        self._starts = frozen(np.append(0, np.cumsum(self._lengths)), np.int64)
         self._has_bytes = np.fromiter((b is not None for b in token_bytes), np.bool_, self.vocab_size)
 
         spelled_bytes = {spelled[0] for spelled in token_bytes if spelled and len(spelled) == 1}
@@ -166,10 +170,48 @@ class ByteTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
-        """Encode several texts, in parallel where the process has more than one core."""
+        """Encode several texts, in parallel where the process has more than one core.
+
+        Raises:
+            TokenizerError: as `encode`, for the first text that has to.
+        """
+        encodings = []
+        for outcome in self.encode_each(texts):
+            if isinstance(outcome, TokenizerError):
+                raise outcome
+            encodings.append(outcome)
+        return encodings
+
+    def encode_each(self, texts: Sequence[str]) -> list[Encoding | TokenizerError]:
+        """The same, with the error in the place of a text that cannot be encoded."""
         data = [self._utf8(text) for text in texts]
         encoded = self._rust.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [self._with_ends(*each) for each in zip(texts, data, (e.ids for e in encoded), strict=True)]
+        ids = [np.array(each.ids, np.int32) for each in encoded]
+        every, num_ids = np.concatenate([_NO_IDS, *ids]), np.fromiter(map(len, ids), np.int64, len(ids))
+        ends, is_spelt = np.empty(len(every), np.int32), np.empty(len(ids), np.bool_)
+        _add_up(
+            every,
+            num_ids,
+            np.frombuffer(b"".join(data), np.uint8),
+            np.fromiter(map(len, data), np.int64, len(data)),
+            self._letters,
+            self._starts,
+            self.strips_leading_space,
+            ends,
+            is_spelt,
+        )
+        outcomes: list[Encoding | TokenizerError] = []
+        last = 0
+        for i, text in enumerate(texts):
+            first, last = last, last + len(ids[i])
+            if is_spelt[i]:
+                outcomes.append(Encoding(every[first:last], ends[first:last]))
+                continue
+            try:
+                outcomes.append(self._changed(text, data[i], ids[i]))
+            except TokenizerError as error:
+                outcomes.append(error)
+        return outcomes
 
     def sequence(self, text: str, ends_document: bool) -> Encoding:
         """What a model reads of `text`: BOS (end 0) if the tokenizer prepends it, the tokens, and EOS (zero
@@ -187,17 +229,14 @@ class ByteTokenizer:
             ends.append(encoding.ends[-1:] if len(encoding.ends) else np.zeros(1, np.int32))
         return Encoding(np.concatenate(ids), np.concatenate(ends))
 
-    def _with_ends(self, text: str, data: bytes, id_list: list[int]) -> Encoding:
+    def _changed(self, text: str, data: bytes, ids: npt.NDArray[np.int32]) -> Encoding:
+        """Of a text that its tokens do not spell out."""
         if not text:
-            return Encoding(np.zeros(0, np.int32), np.zeros(0, np.int32))
-        ids = np.array(id_list, np.int32)
-        spelled = b"".join(map(self._spelling.__getitem__, id_list))
-        is_prefixed = self.strips_leading_space and len(spelled) == len(data) + 1
-        if spelled == data or (is_prefixed and spelled[0] == 0x20 and spelled[1:] == data):
-            ends = np.cumsum(self._lengths[ids]) - is_prefixed
-            return Encoding(ids, ends.astype(np.int32))
-        if self._missing and len(ids) and spelled == data.translate(None, self._missing):
-            return self._without_missing(ids, text, data)
+            return Encoding(_NO_IDS, _NO_IDS)
+        if self._missing and len(ids):
+            spelled = b"".join(map(self._spelling.__getitem__, ids.tolist()))
+            if spelled == data.translate(None, self._missing):
+                return self._without_missing(ids, text, data)
         return self._from_offsets(text, data)
 
     def _utf8(self, text: str) -> bytes:
@@ -264,6 +303,33 @@ class ByteTokenizer:
             if b"".join(spelled) == shared:
                 ends[first : last + 1] = starts[first] + np.cumsum([len(s) for s in spelled])
         return Encoding(ids, ends.astype(np.int32))
+
+
+@compiled
+def _add_up(ids, num_ids, data, num_bytes, letters, starts, strips_leading_space, ends, is_spelt):
+    """Fill `ends` of the texts that their tokens spell out, and which these are.
+
+    Args:
+        ids, data: of all texts, end to end; `num_ids` and `num_bytes` of each.
+        letters, starts: token i spells letters[starts[i]:starts[i + 1]].
+    """
+    first = origin = 0
+    for text in range(len(num_ids)):
+        last, size = first + num_ids[text], 0
+        for i in range(first, last):
+            size += starts[ids[i] + 1] - starts[ids[i]]
+        # The space before the first token is not in the text.
+        at = -1 if strips_leading_space and size == num_bytes[text] + 1 else 0
+        is_same = size + at == num_bytes[text]
+        for i in range(first, last):
+            if not is_same:
+                break
+            for j in range(starts[ids[i]], starts[ids[i] + 1]):
+                is_same &= letters[j] == (data[origin + at] if at >= 0 else 0x20)
+                at += 1
+            ends[i] = at
+        is_spelt[text] = is_same
+        first, origin = last, origin + num_bytes[text]
 
 
 def _vocab_size(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fusellm_ray.alignment.compiled import compiled, frozen
+from fusellm_ray.compiled import compiled, frozen
 
 _VALUES = frozen(np.arange(1 << 16, dtype=np.uint16).view(np.float16), np.float32)
 """The value of each float16 number, by its bits ..."""

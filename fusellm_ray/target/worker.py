@@ -11,6 +11,7 @@ waiting in that sum: where a stop is wanted it joins them without one, and all e
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import tempfile
 import time
@@ -110,6 +111,8 @@ def train_loop(task: TrainTask) -> None:
     rank.record("start", step=progress.step, ranks=rank.num_ranks)
     writer = CheckpointWriter(lambda step, s: rank.record("checkpoint", step=step, seconds=s))
     batches = _open_batches(rank, progress)
+    gc.collect()
+    gc.freeze()  # what is loaded by now stays: no collection need look through it again
     saved_step = progress.step
     stop_reason: str | None = _EXHAUSTED if progress.stopped_early else None
     answer: ray.ObjectRef | None = None  # to the latest record: the driver's wish, read one step later

@@ -7,6 +7,7 @@ threads         loading; then the engine's and the align thread of `scoring`
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 import time
@@ -121,6 +122,8 @@ class TeacherReplica:
     async def _load(self) -> TeacherScorer:
         scorer = await asyncio.to_thread(self._make_scorer)
         await scorer.self_test()
+        gc.collect()
+        gc.freeze()  # what is loaded by now stays: no collection need look through it again
         self._scorer = scorer
         return scorer
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fusellm_ray.alignment.project import Aligned, Aligner
+from fusellm_ray.alignment.project import Aligned, Aligner, Scored
 from fusellm_ray.config import AlignmentConfig, ModelConfig, SimulatedEngine, TeacherConfig, VllmEngine
 from fusellm_ray.corpus.rows import Segment
 from fusellm_ray.corpus.tokens import ByteTokenizer, Encoding
@@ -216,23 +216,19 @@ class TeacherScorer:
         return await loop.run_in_executor(self._thread, self._align, segments, prompts, scores, stats)
 
     def _tokenise(self, segments: Sequence[Segment]) -> list[Prompts]:
-        try:
-            encodings = self.tokenizer.encode_batch([s.text.decode() for s in segments])
-        except TokenizerError:
-            encodings = [self._encode_one(s) for s in segments]  # to know which one it is
+        encodings = []
+        outcomes = self.tokenizer.encode_each([s.text.decode() for s in segments])
+        for segment, outcome in zip(segments, outcomes, strict=True):
+            if isinstance(outcome, TokenizerError):
+                raise TokenizerError(
+                    f"teacher {self._name}: in a part of document {segment.document}: {outcome}"
+                ) from outcome
+            encodings.append(outcome)
         made = []
         for encoding, segment in zip(encodings, segments, strict=True):
             tokens = self.tokenizer.framed(encoding, segment.ends_document)
             made.append(Prompts(tokens, windows(tokens.ids, self.engine.max_context, self.tokenizer.bos_id)))
         return made
-
-    def _encode_one(self, segment: Segment) -> Encoding:
-        try:
-            return self.tokenizer.encode(segment.text.decode())
-        except TokenizerError as error:
-            raise TokenizerError(
-                f"teacher {self._name}: in a part of document {segment.document}: {error}"
-            ) from error
 
     def _align(
         self,
@@ -243,19 +239,24 @@ class TeacherScorer:
     ) -> list[Aligned]:
         started = time.perf_counter()
         answers = iter(scores)
-        parts = []
+        scored = []
         for segment, prompt in zip(segments, prompts, strict=True):
             rows = join_windows([(next(answers), kept) for _, kept in prompt.windows], self._top_k)
-            aligned = self._aligner.align(
-                segment.text,
-                segment.ids,
-                segment.ends,
-                prompt.tokens.ids,
-                prompt.tokens.ends,
-                rows.top_ids,
-                rows.top_logprobs,
-                rows.gold_logprobs,
+            tokens = prompt.tokens
+            scored.append(
+                Scored(
+                    segment.text,
+                    segment.ids,
+                    segment.ends,
+                    tokens.ids,
+                    tokens.ends,
+                    rows.top_ids,
+                    rows.top_logprobs,
+                    rows.gold_logprobs,
+                )
             )
+        parts = []
+        for segment, aligned in zip(segments, self._aligner.align_each(scored), strict=True):
             stats.record(segment, aligned)
             parts.append(frame.in_wire_form(aligned, self.target.vocab_size))
         stats.segments += len(segments)

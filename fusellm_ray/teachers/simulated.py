@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from fusellm_ray.compiled import compiled, frozen
 from fusellm_ray.config import SimulatedEngine, TeacherConfig
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.errors import ConfigError, EngineError
@@ -77,25 +78,23 @@ class SimulatedScorer:
             await asyncio.sleep(self._free_at - now)
 
     def _answer(self, prompt: NDArray[np.int32], top_k: int) -> Scores:
-        ids, logprobs, tails = self._patterns.get(top_k) or self._make_patterns(top_k)
-        gold = prompt[1:]
-        # Multiplicative hash of the running sum: every position depends on all tokens before it.
-        prefix = np.cumsum(
-            (prompt[:-1].astype(np.uint64) + 1) * np.uint64(0x9E3779B97F4A7C15), dtype=np.uint64
+        patterns = self._patterns.get(top_k) or self._make_patterns(top_k)
+        num_rows = len(prompt) - 1
+        scores = Scores(
+            np.empty((num_rows, top_k), np.int32),
+            np.empty((num_rows, top_k), np.float32),
+            np.empty(num_rows, np.float32),
         )
-        mixed = (prefix ^ (prefix >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-        pattern = (mixed >> np.uint64(40)) % np.uint64(_PATTERNS)
-        slot = ((mixed >> np.uint64(20)) % np.uint64(math.ceil(top_k / _GOLD_SHARE))).astype(np.int64)
-        top_ids, top_logprobs = ids[pattern], logprobs[pattern]
-
-        here = top_ids == gold[:, None]
-        present = here.any(axis=1)
-        put_in = np.flatnonzero(~present & (slot < top_k))
-        top_ids[put_in, slot[put_in]] = gold[put_in]
-        slot[present] = here[present].argmax(axis=1)
-        inside = present | (slot < top_k)
-        at_slot = np.take_along_axis(top_logprobs, np.minimum(slot, top_k - 1)[:, None], axis=1)[:, 0]
-        return Scores(top_ids, top_logprobs, np.where(inside, at_slot, tails[pattern]))
+        num_slots = math.ceil(top_k / _GOLD_SHARE)
+        _answer(
+            frozen(prompt, np.int32),
+            *patterns,
+            num_slots,
+            scores.top_ids,
+            scores.top_logprobs,
+            scores.gold_logprobs,
+        )
+        return scores
 
     def _make_patterns(self, top_k: int) -> Patterns:
         rng = np.random.default_rng([self.vocab_size, top_k])
@@ -109,3 +108,27 @@ class SimulatedScorer:
         tails = np.log((1 - mass[:, 0]) / 4).astype(np.float32)
         self._patterns[top_k] = (ids, logprobs, tails)
         return self._patterns[top_k]
+
+
+_C1, _C2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
+
+
+@compiled
+def _answer(prompt, ids, logprobs, tails, num_slots, top_ids, top_logprobs, gold_logprobs):
+    """Fill the last three. The hash is of the running sum: every position depends on all tokens before it."""
+    top_k = ids.shape[1]
+    prefix = np.uint64(0)
+    for q in range(len(prompt) - 1):
+        prefix += np.uint64(prompt[q] + 1) * _C1
+        mixed = (prefix ^ (prefix >> np.uint64(29))) * _C2
+        pattern = int((mixed >> np.uint64(40)) % np.uint64(len(tails)))
+        slot = int((mixed >> np.uint64(20)) % np.uint64(num_slots))
+        gold, place = prompt[q + 1], -1
+        for c in range(top_k):
+            top_ids[q, c], top_logprobs[q, c] = ids[pattern, c], logprobs[pattern, c]
+            if ids[pattern, c] == gold:
+                place = c
+        if place < 0 and slot < top_k:
+            place = slot
+            top_ids[q, slot] = gold
+        gold_logprobs[q] = top_logprobs[q, place] if place >= 0 else tails[pattern]
