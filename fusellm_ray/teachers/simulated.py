@@ -121,8 +121,8 @@ def _answer(prompt, ids, logprobs, tails, num_slots, top_ids, top_logprobs, gold
     for q in range(len(prompt) - 1):
         prefix += np.uint64(prompt[q] + 1) * _C1
         mixed = (prefix ^ (prefix >> np.uint64(29))) * _C2
-        pattern = int((mixed >> np.uint64(40)) % np.uint64(len(tails)))
-        slot = int((mixed >> np.uint64(20)) % np.uint64(num_slots))
+        pattern = np.int64((mixed >> np.uint64(40)) % np.uint64(len(tails)))
+        slot = np.int64((mixed >> np.uint64(20)) % np.uint64(num_slots))
         gold, place = prompt[q + 1], -1
         for c in range(top_k):
             top_ids[q, c], top_logprobs[q, c] = ids[pattern, c], logprobs[pattern, c]
