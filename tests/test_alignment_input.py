@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fusellm_ray.alignment import Aligner
+from fusellm_ray.alignment.project import Scored
 from fusellm_ray.alignment.statistics import (
     Kind,
     alignment_statistics,
@@ -126,6 +127,25 @@ def test_threads_that_share_an_aligner_get_what_one_gets_alone(tokenizers: dict[
     for a, b in zip(alone, together, strict=True):
         for name in ("ids", "logprobs", "gold", "residual", "valid"):
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+def test_segments_aligned_together_get_what_each_gets_alone(tokenizers: dict[str, ByteTokenizer]) -> None:
+    t, s = tokenizers["llama"], tokenizers["unigram"]
+    cases = [Case.random(text, t, s, k=64, seed=i) for i, text in enumerate(TEXTS)]
+    scored = [
+        Scored(
+            *(getattr(case.sequences, field.name) for field in dataclasses.fields(case.sequences)),
+            case.top_ids,
+            case.top_logprobs,
+            case.gold,
+        )
+        for case in cases
+    ]
+    together = Aligner(s, t, AlignmentConfig(), 64).align_each(scored)
+    for case, aligned in zip(cases, together, strict=True):
+        alone = case.align()
+        for field in dataclasses.fields(alone):
+            np.testing.assert_array_equal(getattr(aligned, field.name), getattr(alone, field.name))
 
 
 def test_kernels_compile_where_nothing_can_be_cached() -> None:

@@ -202,6 +202,20 @@ def test_an_unknown_token_that_swallows_text_is_refused() -> None:
         tokenizer.encode("ab €")
 
 
+def test_a_text_that_cannot_be_encoded_leaves_the_others_as_they_are() -> None:
+    fast = Tokenizer(models.BPE({"<unk>": 0, "a": 1, "b": 2}, [], unk_token="<unk>"))
+    letters = ByteTokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=fast), "letters")
+    ab, refused, nothing, b = letters.encode_each(["ab", "a€", "", "b"])
+    assert isinstance(refused, TokenizerError)
+    assert "'€'" in str(refused)
+    for text, outcome in (("ab", ab), ("", nothing), ("b", b)):
+        assert isinstance(outcome, Encoding)
+        alone = letters.encode(text)
+        assert (outcome.ids.tolist(), outcome.ends.tolist()) == (alone.ids.tolist(), alone.ends.tolist())
+    with pytest.raises(TokenizerError, match="swallows the text '€'"):
+        letters.encode_batch(["ab", "a€"])
+
+
 def test_an_unpaired_surrogate_is_refused() -> None:
     with pytest.raises(TokenizerError, match="character 1 of the text is an unpaired surrogate"):
         ByteTokenizer(byte_level(), "bytes").encode("a\ud83d")

@@ -3,7 +3,7 @@
     text, both token sequences  ->  which teacher row stands at each target position   (spans, dtw)
     top-k rows and gold         ->  P(gold), mapped candidates, residual               (marginals, vocabulary)
 
-Called by a teacher replica for each segment, from any thread; the kernels hold no GIL.
+Called by a teacher replica for the segments of each request, from any thread; the kernels hold no GIL.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class _Segment:
     read: Read
     result: Distributions
     own: tuple[float, int, int]
-    """The teacher's nats, tokens and bytes."""
+    """As the last three of `Aligned`."""
     todo: NDArray[np.int32]
     """Positions that are not filled yet."""
 
@@ -152,11 +152,7 @@ class Aligner:
             waiting = [part for part in waiting if len(part.todo)]
             if waiting:
                 self.map.resolve(np.concatenate(missing))
-        return [
-            Aligned(*part.result, teacher_nats=nats, teacher_tokens=tokens, teacher_bytes=num_bytes)
-            for part in begun
-            for nats, tokens, num_bytes in (part.own,)
-        ]
+        return [Aligned(*part.result, *part.own) for part in begun]
 
     def _begin(self, segment: Scored) -> _Segment:
         num_bytes = len(segment.text)
@@ -176,13 +172,13 @@ class Aligner:
         read_logprobs(letters, positions, rows, self._tables, read)
         num_positions = max(len(target.ids) - 1, 0)
         return _Segment(
-            letters,
-            positions,
-            rows,
-            read,
-            Distributions.empty(num_positions, self.top_k),
-            (max(0.0, nats), *sizes),  # rounding may pass a probability of 1
-            np.arange(num_positions, dtype=np.int32),
+            letters=letters,
+            positions=positions,
+            rows=rows,
+            read=read,
+            result=Distributions.empty(num_positions, self.top_k),
+            own=(max(0.0, nats), *sizes),  # rounding may pass a probability of 1
+            todo=np.arange(num_positions, dtype=np.int32),
         )
 
     def _project(self, part: _Segment) -> NDArray[np.int64]:

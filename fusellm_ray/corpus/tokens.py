@@ -183,7 +183,11 @@ class ByteTokenizer:
         return encodings
 
     def encode_each(self, texts: Sequence[str]) -> list[Encoding | TokenizerError]:
-        """The same, with the error in the place of a text that cannot be encoded."""
+        """The same, with the error in the place of a text that cannot be encoded.
+
+        Raises:
+            TokenizerError: a text has no UTF-8 bytes.
+        """
         data = [self._utf8(text) for text in texts]
         encoded = self._rust.encode_batch_fast(list(texts), add_special_tokens=False)
         ids = [np.array(each.ids, np.int32) for each in encoded]
@@ -204,13 +208,15 @@ class ByteTokenizer:
         last = 0
         for i, text in enumerate(texts):
             first, last = last, last + len(ids[i])
-            if is_spelt[i]:
+            if not text:
+                outcomes.append(Encoding(_NO_IDS, _NO_IDS))
+            elif is_spelt[i]:
                 outcomes.append(Encoding(every[first:last], ends[first:last]))
-                continue
-            try:
-                outcomes.append(self._changed(text, data[i], ids[i]))
-            except TokenizerError as error:
-                outcomes.append(error)
+            else:
+                try:
+                    outcomes.append(self._changed(text, data[i], ids[i]))
+                except TokenizerError as error:
+                    outcomes.append(error)
         return outcomes
 
     def sequence(self, text: str, ends_document: bool) -> Encoding:
@@ -231,8 +237,6 @@ class ByteTokenizer:
 
     def _changed(self, text: str, data: bytes, ids: npt.NDArray[np.int32]) -> Encoding:
         """Of a text that its tokens do not spell out."""
-        if not text:
-            return Encoding(_NO_IDS, _NO_IDS)
         if self._missing and len(ids):
             spelled = b"".join(map(self._spelling.__getitem__, ids.tolist()))
             if spelled == data.translate(None, self._missing):
@@ -315,12 +319,13 @@ def _add_up(ids, num_ids, data, num_bytes, letters, starts, strips_leading_space
     """
     first = origin = 0
     for text in range(len(num_ids)):
-        last, size = first + num_ids[text], 0
+        last, size, is_same = first + num_ids[text], 0, True
         for i in range(first, last):
-            size += starts[ids[i] + 1] - starts[ids[i]]
+            is_same &= ids[i] < len(starts) - 1
+            size += starts[ids[i] + 1] - starts[ids[i]] if is_same else 0
         # The space before the first token is not in the text.
         at = -1 if strips_leading_space and size == num_bytes[text] + 1 else 0
-        is_same = size + at == num_bytes[text]
+        is_same &= size + at == num_bytes[text]
         for i in range(first, last):
             if not is_same:
                 break

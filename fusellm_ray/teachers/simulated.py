@@ -21,6 +21,9 @@ _GOLD_SHARE = 3 / 4
 """Share of positions whose gold token is among the candidates, about what real teachers reach."""
 _DEFAULT_CONTEXT = 2048
 
+_STRETCH, _MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
+"""Of a multiplicative hash."""
+
 Patterns = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]
 """P distributions: distinct ids [P, k], descending logprobs [P, k], and the logprob [P] of a gold token that is
 not among them, a quarter of what they leave."""
@@ -86,7 +89,7 @@ class SimulatedScorer:
             np.empty(num_rows, np.float32),
         )
         num_slots = math.ceil(top_k / _GOLD_SHARE)
-        _answer(
+        _fill_in(
             frozen(prompt, np.int32),
             *patterns,
             num_slots,
@@ -110,17 +113,14 @@ class SimulatedScorer:
         return self._patterns[top_k]
 
 
-_C1, _C2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
-
-
 @compiled
-def _answer(prompt, ids, logprobs, tails, num_slots, top_ids, top_logprobs, gold_logprobs):
+def _fill_in(prompt, ids, logprobs, tails, num_slots, top_ids, top_logprobs, gold_logprobs):
     """Fill the last three. The hash is of the running sum: every position depends on all tokens before it."""
     top_k = ids.shape[1]
     prefix = np.uint64(0)
     for q in range(len(prompt) - 1):
-        prefix += np.uint64(prompt[q] + 1) * _C1
-        mixed = (prefix ^ (prefix >> np.uint64(29))) * _C2
+        prefix += np.uint64(prompt[q] + 1) * _STRETCH
+        mixed = (prefix ^ (prefix >> np.uint64(29))) * _MIX
         pattern = np.int64((mixed >> np.uint64(40)) % np.uint64(len(tails)))
         slot = np.int64((mixed >> np.uint64(20)) % np.uint64(num_slots))
         gold, place = prompt[q + 1], -1
@@ -129,6 +129,6 @@ def _answer(prompt, ids, logprobs, tails, num_slots, top_ids, top_logprobs, gold
             if ids[pattern, c] == gold:
                 place = c
         if place < 0 and slot < top_k:
-            place = slot
+            place = int(slot)
             top_ids[q, slot] = gold
         gold_logprobs[q] = top_logprobs[q, place] if place >= 0 else tails[pattern]
