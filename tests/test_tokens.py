@@ -131,7 +131,8 @@ def test_ids_are_the_tokenizers_own(tokenizer: ByteTokenizer) -> None:
 
 def test_a_batch_is_its_texts_one_by_one(tokenizer: ByteTokenizer) -> None:
     texts = list(TEXTS.values())
-    for text, encoding in zip(texts, tokenizer.encode_batch(texts), strict=True):
+    for text, encoding in zip(texts, tokenizer.encode_each(texts), strict=True):
+        assert isinstance(encoding, Encoding)
         alone = tokenizer.encode(text)
         assert encoding.ids.tolist() == alone.ids.tolist()
         assert encoding.ends.tolist() == alone.ends.tolist()
@@ -213,7 +214,7 @@ def test_a_text_that_cannot_be_encoded_leaves_the_others_as_they_are() -> None:
         alone = letters.encode(text)
         assert (outcome.ids.tolist(), outcome.ends.tolist()) == (alone.ids.tolist(), alone.ends.tolist())
     with pytest.raises(TokenizerError, match="swallows the text '€'"):
-        letters.encode_batch(["ab", "a€"])
+        letters.encode("a€")
 
 
 def test_an_unpaired_surrogate_is_refused() -> None:

@@ -101,9 +101,9 @@ class ByteTokenizer:
         self.token_bytes = token_bytes
         # \xff occurs in no UTF-8 text, so a control token never passes for text.
         self._spelling = [b"\xff" if spelled is None else spelled for spelled in token_bytes]
-        self._lengths = np.fromiter(map(len, self._spelling), np.int64, self.vocab_size)
+        lengths = np.fromiter(map(len, self._spelling), np.int64, self.vocab_size)
         self._letters = frozen(np.frombuffer(b"".join(self._spelling), np.uint8), np.uint8)
-        self._starts = frozen(np.append(0, np.cumsum(self._lengths)), np.int64)
+        self._starts = frozen(np.append(0, np.cumsum(lengths)), np.int64)
         self._has_bytes = np.fromiter((b is not None for b in token_bytes), np.bool_, self.vocab_size)
 
         spelled_bytes = {spelled[0] for spelled in token_bytes if spelled and len(spelled) == 1}
@@ -167,23 +167,16 @@ class ByteTokenizer:
         Raises:
             TokenizerError: an unknown token swallows part of the text, or no token covers part of it.
         """
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
-        """Encode several texts, in parallel where the process has more than one core.
-
-        Raises:
-            TokenizerError: as `encode`, for the first text that has to.
-        """
-        encodings = []
-        for outcome in self.encode_each(texts):
-            if isinstance(outcome, TokenizerError):
-                raise outcome
-            encodings.append(outcome)
-        return encodings
+        (outcome,) = self.encode_each([text])
+        if isinstance(outcome, TokenizerError):
+            raise outcome
+        return outcome
 
     def encode_each(self, texts: Sequence[str]) -> list[Encoding | TokenizerError]:
-        """The same, with the error in the place of a text that cannot be encoded.
+        """Encode several texts, in parallel where the process has more than one core.
+
+        Returns:
+            For each its encoding, or the error that `encode` raises for it.
 
         Raises:
             TokenizerError: a text has no UTF-8 bytes.
@@ -261,7 +254,7 @@ class ByteTokenizer:
         for i in chars.tolist():
             if _is_text(text[i]):
                 raise self._uncovered(text[i], int(_byte_offsets(text)[i]))
-        ends = np.flatnonzero(~dropped)[np.cumsum(self._lengths[ids]) - 1] + 1
+        ends = np.flatnonzero(~dropped)[np.cumsum(self._starts[ids + 1] - self._starts[ids]) - 1] + 1
         ends[-1] = len(data)
         return Encoding(ids, ends.astype(np.int32))
 
