@@ -31,6 +31,7 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -50,7 +51,14 @@ from fusellm_ray.target.checkpoint import export_model, is_same_order
 from fusellm_ray.target.control import RunControl
 from fusellm_ray.target.snapshot import restore_snapshot
 from fusellm_ray.target.storage import Checkpoints
-from fusellm_ray.target.task import NameController, NoDatasets, RaiseLastingErrors, TrainTask, run_rank
+from fusellm_ray.target.task import (
+    FixedPlaces,
+    NameController,
+    NoDatasets,
+    RaiseLastingErrors,
+    TrainTask,
+    run_rank,
+)
 from fusellm_ray.teachers.attach import attach, join_cluster, running_cluster
 from fusellm_ray.teachers.service import (
     SLOW_START_S,
@@ -212,6 +220,10 @@ _ONE_NODE_ENVIRONMENT = {
     "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",  # its logs stay on this machine: look for new ones ...
     "LOG_NAME_UPDATE_INTERVAL_S": "60",  # ... this often, not ten times a second
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process that asks whether this one node is taken away
+    # How often the raylet looks after what changes once in a run here, ten times a second by default:
+    "RAY_raylet_report_resources_period_milliseconds": "1000",
+    "RAY_raylet_check_gc_period_milliseconds": "1000",
+    "RAY_kill_idle_workers_interval_ms": "1000",
 }
 
 
@@ -335,7 +347,7 @@ class _Stop:
 
 
 class _Trainer(ray.train.torch.TorchTrainer):
-    """Without two processes of Ray Train's that would idle beside every run."""
+    """Without the processes of Ray Train's that would idle beside a run."""
 
     def _create_default_callbacks(self) -> list[Any]:
         unused: tuple[type, ...] = (DatasetsCallback,)
@@ -345,6 +357,11 @@ class _Trainer(ray.train.torch.TorchTrainer):
         callbacks = super()._create_default_callbacks()  # type: ignore[misc]  # Ray's annotation is of V1
         kept = [callback for callback in callbacks if not isinstance(callback, unused)]
         return [*kept, NoDatasets()]
+
+    def _initialize_and_run_controller(self, **settings: Any) -> Any:
+        if not cluster_address() and isinstance(settings["scaling_policy"], FixedScalingPolicy):
+            settings["scaling_policy"] = FixedPlaces(settings["scaling_policy"].scaling_config)
+        return super()._initialize_and_run_controller(**settings)  # type: ignore[misc]  # Ray's annotation is of V1
 
 
 def _start_control() -> Any:

@@ -14,6 +14,7 @@ import ray.train
 from ray._private import ray_constants
 from ray.actor import ActorHandle
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
 from fusellm_ray.config import Config
 from fusellm_ray.errors import TeacherLostError
@@ -73,3 +74,13 @@ class NoDatasets(WorkerGroupCallback):
 
     def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
         return {"dataset_shard_provider": [None] * len(workers)}
+
+
+class FixedPlaces(FixedScalingPolicy):
+    """A group of fixed size where no node can come: asks no autoscaler for its places, which takes a process."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Ask for nothing."""
+
+    def _maybe_send_resource_request(self) -> None:
+        """Nothing was asked for."""
