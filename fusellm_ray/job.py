@@ -18,13 +18,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import psutil
 import ray
 import ray.train
 import ray.train.torch
-from ray._private import ray_constants
+from ray._private import parameter, ray_constants
 from ray.exceptions import RayError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
@@ -217,8 +218,6 @@ _ONE_NODE_ENVIRONMENT = {
     "RAY_enable_metrics_collection": "0",
     "RAY_task_events_report_interval_ms": "0",
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
-    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",  # its logs stay on this machine: look for new ones ...
-    "LOG_NAME_UPDATE_INTERVAL_S": "60",  # ... this often, not ten times a second
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process that asks whether this one node is taken away
     # How often the raylet looks after what changes once in a run here, ten times a second by default:
     "RAY_raylet_report_resources_period_milliseconds": "1000",
@@ -263,13 +262,29 @@ def start_private_ray(**options: Any) -> None:
     """
     for name, value in (NO_DISK_ENVIRONMENT | _ONE_NODE_ENVIRONMENT).items():
         os.environ.setdefault(name, value)
-    # Ray listens on all interfaces unless it takes clusters to end at this machine, as it does on some systems.
-    usual = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
+    with (
+        # Ray listens on all interfaces unless it takes clusters to end at this machine, as it does on some systems.
+        _replaced(ray_constants, "ENABLE_RAY_CLUSTER", False),
+        _replaced(parameter, "RayParams", _OneNodeParams),
+    ):
         ray.init(address="local", include_dashboard=False, log_to_driver=False, **options)
+
+
+class _OneNodeParams(parameter.RayParams):
+    """Without two processes: one follows logs for drivers that show them, one asks whether nodes should come."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, include_log_monitor=False, no_monitor=True)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    usual = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = usual
+        setattr(module, name, usual)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What ranks tell each other besides gradients: sums, and small JSON values. Nothing is pickled."""
+"""What ranks tell each other: sums, small JSON values, and on CPUs their gradients. Nothing is pickled."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 
 def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
@@ -33,3 +35,31 @@ def gather_json(value: Any, *, group: dist.ProcessGroup | None = None) -> list[A
     parts = [torch.zeros_like(padded) for _ in sizes]
     dist.all_gather(parts, padded, group=group)
     return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)]
+
+
+class DirectReduceScatter(ReduceScatter):
+    """Gradients summed over ranks, each rank its own shard: the others send it theirs of that shard, and it adds up.
+
+    For gloo, whose own sums the whole on every rank and then keeps a shard: twice the bytes.
+    """
+
+    def allocate(
+        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Memory for what goes in, and for what comes out."""
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        """Args: output_tensor: [n], this rank's shard; input_tensor: [ranks · n], the shards in the order of ranks."""
+        assert op == dist.ReduceOp.SUM
+        assert not async_op
+        received = torch.empty_like(input_tensor)
+        dist.all_to_all_single(received, input_tensor, group=group)
+        torch.sum(received.view(group.size(), -1), dim=0, out=output_tensor)
