@@ -25,7 +25,7 @@ import psutil
 import ray
 import ray.train
 import ray.train.torch
-from ray._private import parameter, ray_constants
+from ray._private import parameter, ray_constants, services
 from ray.exceptions import RayError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
@@ -266,6 +266,8 @@ def start_private_ray(**options: Any) -> None:
         # Ray listens on all interfaces unless it takes clusters to end at this machine, as it does on some systems.
         _replaced(ray_constants, "ENABLE_RAY_CLUSTER", False),
         _replaced(parameter, "RayParams", _OneNodeParams),
+        # Started even for no dashboard; `ray.init` waits for it.
+        _replaced(services, "start_api_server", lambda *_args, **_options: (None, None)),
     ):
         ray.init(address="local", include_dashboard=False, log_to_driver=False, **options)
 
