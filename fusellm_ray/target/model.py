@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from fusellm_ray.config import LoraConfig, TargetConfig, TrainingConfig
 from fusellm_ray.errors import ConfigError, ModelError
 from fusellm_ray.models import HeadedModel, build_on_meta, check_head, check_packing, load_causal_lm
-from fusellm_ray.target.collectives import DirectReduceScatter, sum_over_ranks
+from fusellm_ray.target.collectives import DirectAllGather, DirectReduceScatter, sum_over_ranks
 from fusellm_ray.target.quantise import is_quantised, keep_trainable, load_quantised, quantised_parameters
 
 # ---------------------------------------------------------------------------------------- build
@@ -156,6 +156,7 @@ def _shard(model: HeadedModel, config: TargetConfig, mesh: DeviceMesh) -> None:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other reduction with a factor
             if mesh.device_type == "cpu":
+                module.set_custom_all_gather(DirectAllGather())
                 module.set_custom_reduce_scatter(DirectReduceScatter())
 
 
