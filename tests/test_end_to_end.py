@@ -287,6 +287,13 @@ def listening(processes: list[psutil.Process]) -> set[str]:
     return found
 
 
+def test_a_private_ray_has_no_process_that_nobody_asks(ray_session: None):
+    commands = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
+    assert any("raylet" in command for command in commands)
+    for idle in ("log_monitor.py", "autoscaler/_private/monitor.py", "dashboard/dashboard.py"):
+        assert not [command for command in commands if idle in command]
+
+
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_where_it_was_and_leaves_no_process(
     tree: dict[str, Any], undisturbed: Config, tmp_path: Path
