@@ -59,8 +59,9 @@ class _Direct(Comm):
                 other = dist.get_global_rank(group, peer)
                 operations.append(dist.P2POp(dist.isend, sent[peer], other, group))
                 operations.append(dist.P2POp(dist.irecv, received[peer], other, group))
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
+        if operations:  # of one rank, none
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
 
 
 class DirectAllGather(_Direct, AllGather):
