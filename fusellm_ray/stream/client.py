@@ -45,7 +45,7 @@ lost; crashes do not count."""
 _FRAME_ADVICE = (
     "two processes answered so; install the same fusellm_ray on every node, and see the teacher's log"
 )
-_INSTANT_S = 1e-3
+_INSTANT_S = 2e-2
 """What was there after so short a wait may have been there before."""
 _SLOW_S, _SLOW = 2.0, 4.0
 """A replica that has been silent for so many seconds, and for so many times what answers usually take, is a
