@@ -63,7 +63,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=42)
     parser.add_argument("--gold-steps", type=int, default=4)
     parser.add_argument("--gold", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name in ("steps", "gold_steps"):
+        if (steps := getattr(args, name)) <= FIRST_STEP:
+            option = name.replace("_", "-")
+            parser.error(f"--{option} {steps}: counting begins at the end of step {FIRST_STEP}; give more")
+    return args
 
 
 def main() -> None:

@@ -45,8 +45,6 @@ lost; crashes do not count."""
 _FRAME_ADVICE = (
     "two processes answered so; install the same fusellm_ray on every node, and see the teacher's log"
 )
-_INSTANT_S = 2e-2
-"""What was there after so short a wait may have been there before."""
 _SLOW_S, _SLOW = 2.0, 4.0
 """A replica that has been silent for so many seconds, and for so many times what answers usually take, is a
 straggler: its request goes to another one as well."""
@@ -230,11 +228,11 @@ class TeacherStream:
         """Wait until something happens, take what came, and send what can be sent."""
         started = time.monotonic()
         ready: list[Any] = []
-        if self._awaited:
-            awaited = list(self._awaited)
-            ready, _ = ray.wait(awaited, num_returns=1, timeout=timeout_s)
-            if ready:
-                ready, _ = ray.wait(awaited, num_returns=len(awaited), timeout=0)
+        came_now = False
+        if awaited := list(self._awaited):
+            ready, _ = ray.wait(awaited, num_returns=len(awaited), timeout=0)
+            if came_now := not ready:
+                ready, _ = ray.wait(awaited, num_returns=1, timeout=timeout_s)
         else:
             time.sleep(min(timeout_s, _BACKOFF_S[0]))
         waited = time.monotonic() - started
@@ -251,7 +249,7 @@ class TeacherStream:
             if request is None:
                 self._take_table(teacher, ref)
                 continue
-            answer = self._take_answer(teacher, request, ref, came_now=waited > _INSTANT_S)
+            answer = self._take_answer(teacher, request, ref, came_now=came_now)
             if answer is None:
                 continue
             if teacher.is_lost:
