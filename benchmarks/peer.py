@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pipeline import measure
+from benchmarks.pipeline import FIRST_STEP, measure, require_steps
 from fusellm_ray.config import CorpusConfig, SourceConfig
 from fusellm_ray.config_file import parse_config
 from fusellm_ray.corpus.rows import ShardReader
@@ -37,7 +37,6 @@ from fusellm_ray.corpus.source import Corpus
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.quickstart import text
 
-FIRST_STEP = 2
 CLM_WEIGHT = 0.5
 LR = 1e-3
 
@@ -64,10 +63,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--gold-steps", type=int, default=4)
     parser.add_argument("--gold", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    for name in ("steps", "gold_steps"):
-        if (steps := getattr(args, name)) <= FIRST_STEP:
-            option = name.replace("_", "-")
-            parser.error(f"--{option} {steps}: counting begins at the end of step {FIRST_STEP}; give more")
+    require_steps(parser, "--steps", args.steps)
+    require_steps(parser, "--gold-steps", args.gold_steps)
     return args
 
 

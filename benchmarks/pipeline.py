@@ -75,6 +75,12 @@ def _cpu_seconds() -> float:
     return total
 
 
+def require_steps(parser: argparse.ArgumentParser, option: str, steps: int) -> None:
+    """End the program where nothing would be left to count."""
+    if steps <= FIRST_STEP:
+        parser.error(f"{option} {steps}: counting begins at the end of step {FIRST_STEP}; give more")
+
+
 def measure(config: Config) -> dict[str, float]:
     with local_or_running_cluster(config):
         pools = start_pools(config)
@@ -108,6 +114,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    require_steps(parser, "--steps", arguments.steps)
     cache = arguments.cache.expanduser()
     point_latest(build_zoo(cache, on_progress=lambda stage, share, message: None).folder)
     tree = quickstart_config(cache, seed=arguments.seed, steps=arguments.steps).model_dump(mode="json")

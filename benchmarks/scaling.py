@@ -36,7 +36,7 @@ from fusellm_ray.config_file import parse_config
 from fusellm_ray.corpus.rows import ShardReader
 from fusellm_ray.corpus.source import Corpus
 from fusellm_ray.corpus.tokens import ByteTokenizer
-from fusellm_ray.job import start_private_ray
+from fusellm_ray.job import start_private_ray, stop_private_ray
 from fusellm_ray.stream.address import HandleTable, TeacherAddress
 from fusellm_ray.stream.client import TeacherStream
 from fusellm_ray.target.batches import RankBatches
@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         fingerprint = set(ray.get([rack.ready.remote() for rack in racks])).pop()
         replicas = [Replica(rack, i) for rack, size in zip(racks, sizes, strict=True) for i in range(size)]
         figures = measure(Bench(config, replicas, fingerprint), arguments.replicas, arguments.dilation)
-    ray.shutdown()
+    stop_private_ray()
     for key, figure in figures.items():
         print(f"{key:24} {figure}")
     print(json.dumps(figures))

@@ -29,7 +29,7 @@ from fusellm_ray.config_file import parse_config
 from fusellm_ray.corpus.rows import ShardReader
 from fusellm_ray.corpus.source import Corpus
 from fusellm_ray.corpus.tokens import ByteTokenizer
-from fusellm_ray.job import start_private_ray
+from fusellm_ray.job import start_private_ray, stop_private_ray
 from fusellm_ray.stream.client import TeacherAddress, TeacherStream
 from fusellm_ray.stream.memory import DiskWatch
 from fusellm_ray.target.batches import RankBatches
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         config = make_config(models, Path(folder) / "corpus", arguments.rows)
         with teachers_up(config) as addresses:
             figures = measure(config, addresses, arguments.tokens)
-    ray.shutdown()
+    stop_private_ray()
     for key, figure in figures.items():
         print(f"{key:32} {figure}")
     print(json.dumps(figures))

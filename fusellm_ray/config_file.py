@@ -197,11 +197,19 @@ def _explain(detail: Any, root: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in location) or "config"
     if detail["type"] == "extra_forbidden":
         known = _known_keys(detail["loc"][:-1], root)
+        if root is Config and len(location) == 1:
+            known = sorted([*known, "preset"])
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         meant = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"{where}: unknown key; {meant}"
     if detail["type"] == "missing":
         return f"{where}: required, and not given"
+    if detail["type"] == "union_tag_not_found":
+        near = difflib.get_close_matches("type", map(str, detail["input"]), n=1, cutoff=0.5)
+        meant = f"{near[0]!r} was probably meant for it" if near else "not given"
+        return f"{where}.type: required, and {meant}; known types: {', '.join(_TAGS)}"
+    if detail["type"] == "union_tag_invalid":
+        return f"{where}.type: {detail['ctx']['tag']!r} is unknown; known types: {', '.join(_TAGS)}"
     message = str(detail["msg"]).removeprefix("Value error, ")
     seen = detail.get("input")
     shown = f" (got {seen!r})" if isinstance(seen, str | int | float | bool) or seen is None else ""

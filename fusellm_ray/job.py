@@ -247,11 +247,10 @@ def local_or_running_cluster(config: Config) -> Iterator[None]:
     try:
         yield
     finally:
-        processes = [] if address else _ray_processes()
-        try:
+        if address:
             ray.shutdown()
-        finally:
-            _end(processes)
+        else:
+            stop_private_ray()
 
 
 def start_private_ray(**options: Any) -> None:
@@ -270,6 +269,15 @@ def start_private_ray(**options: Any) -> None:
         _replaced(services, "start_api_server", lambda *_args, **_options: (None, None)),
     ):
         ray.init(address="local", include_dashboard=False, log_to_driver=False, **options)
+
+
+def stop_private_ray() -> None:
+    """End what `start_private_ray` started, and make sure of it."""
+    processes = _ray_processes()
+    try:
+        ray.shutdown()
+    finally:
+        _end(processes)
 
 
 class _OneNodeParams(parameter.RayParams):

@@ -20,9 +20,7 @@ def tokenizer_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """One private Ray for all tests that need one; its object store never overflows to disk."""
-    import ray
-
-    from fusellm_ray.job import start_private_ray
+    from fusellm_ray.job import start_private_ray, stop_private_ray
 
     os.environ.pop("RAY_ADDRESS", None)
     for attempt in range(4):
@@ -32,9 +30,9 @@ def ray_session() -> Iterator[None]:
         except Exception as error:  # Ray gives a node 30 s to start, which a busy machine can exceed
             if "timed out during startup" not in str(error) or attempt == 3:
                 raise
-            ray.shutdown()
+            stop_private_ray()
     yield
-    ray.shutdown()
+    stop_private_ray()
 
 
 @pytest.fixture(scope="session")

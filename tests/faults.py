@@ -118,8 +118,8 @@ class FaultyReplica:
         number = len(self._met)
         if self._late_s:
             if number == 3:
-                self.faults["late"] += 1
                 await asyncio.sleep(self._late_s)
+                self.faults["late"] += 1
         elif number % 3 == 1:
             self.faults["nan"] += 1
             return with_nan(answer)
@@ -162,8 +162,11 @@ class FaultyPool:
         return await self._pool.status.remote(teacher)
 
     async def counted(self) -> dict[str, int]:
+        """Faults by kind, and texts that more than one replica was asked for."""
         counts = [await replica.counted.remote() for replica in self._replicas.values()]
-        return {kind: sum(count[kind] for count in counts) for kind in counts[0]}
+        met = [await replica.met.remote() for replica in self._replicas.values()]
+        twice = sum(map(len, met)) - len(set().union(*met))
+        return {kind: sum(count[kind] for count in counts) for kind in counts[0]} | {"twice": twice}
 
     async def _wrapped(self, table: HandleTable) -> HandleTable:
         # A replica that comes later must not answer NaN to what had NaN before: the second time ends a run.

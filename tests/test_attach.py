@@ -129,6 +129,18 @@ def test_other_settings_are_refused_by_name(
         assert "alignment.straddle: it runs with 'condition', this config wants 'mask'" in str(refused.value)
 
 
+def test_a_deadline_that_comes_before_the_pools_own_is_refused(
+    up: str, tree: dict[str, Any], cluster: str
+) -> None:
+    def config(**stream: Any) -> Config:
+        return parse_config(tree | {"stream": stream})
+
+    with pytest.raises(ConfigError, match=r"stream.deadline_s=60: the running teacher left .* after 60 s"):
+        attach(config(deadline_s=60))
+    assert attach(config(deadline_s=60, on_teacher_loss="fail")).keys() == {"left", "right"}
+    assert attach(config(deadline_s=61)).keys() == {"left", "right"}
+
+
 def test_another_tokenizer_of_the_target_is_refused(up: str, tree: dict[str, Any], cluster: str) -> None:
     config = parse_config(tree)
     other = {name: {**identity, "target_tokenizer": "other"} for name, identity in identities(config).items()}

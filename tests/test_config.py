@@ -279,6 +279,27 @@ def test_a_misspelt_key_inside_a_tagged_union_is_explained_by_that_unions_keys()
     assert "did you mean 'max_num_seqs'?" in refused(tree)
 
 
+@pytest.mark.parametrize(
+    ("engine", "says"),
+    [
+        ({"typ": "vllm"}, "required, and 'typ' was probably meant for it"),
+        ({"seed": 1}, "required, and not given"),
+        ({}, "required, and not given"),
+        ({"type": "vlm"}, "'vlm' is unknown"),
+    ],
+)
+def test_a_tagged_union_without_a_known_tag_names_the_known_ones(engine: dict, says: str):
+    tree = minimal()
+    tree["teachers"][0]["engine"] = engine
+    known = "known types: transformers, vllm, simulated"
+    assert f"teachers.0.engine.type: {says}; {known}" in refused(tree)
+
+
+def test_a_misspelt_preset_is_known_at_the_top_alone():
+    assert "presett: unknown key; did you mean 'preset'?" in refused(minimal() | {"presett": "paper"})
+    assert "did you mean" not in refused(minimal() | {"fusion": {"presett": "paper"}})
+
+
 def test_all_problems_are_named_at_once():
     tree = minimal() | {"trainer": {"workers": 0}, "stream": {"deadline_s": -1}}
     message = refused(tree)

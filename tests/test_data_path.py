@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,20 +23,26 @@ from fusellm_ray.config import (
     ModelConfig,
     ObjectiveConfig,
     SourceConfig,
+    TargetConfig,
     TeacherConfig,
+    TrainingConfig,
 )
 from fusellm_ray.corpus.rows import Row, Segment, ShardReader
 from fusellm_ray.corpus.source import Corpus
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.fusion.loss import objective
-from fusellm_ray.models import load_causal_lm
+from fusellm_ray.models import HeadedModel, load_causal_lm
+from fusellm_ray.perplexity import bits_per_byte, held_out_documents, load_model
 from fusellm_ray.stream.frame import decode_frame, decode_request, encode_frame, encode_request
 from fusellm_ray.target.batches import MicroBatch, make_micro_batch
+from fusellm_ray.target.checkpoint import export_model, training_tensors, write_checkpoint
+from fusellm_ray.target.model import clip_gradients, learning_rate, make_optimizer, set_learning_rate
 from fusellm_ray.teachers.engine import Scores, make_engine
 from tests.runs import TARGET, TEACHERS, model_folder
 
 TEXT = "def naïve(x):\n\treturn {'café': x, 'größe': [1, 22, 333]}  # 今天 😀\n\nThe class of objects.\n"
 ROW_TOKENS = 128
+TRAINING = TrainingConfig(steps=10, lr=1e-2, warmup_ratio=0.2, clip_norm=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +50,15 @@ def path(tmp_path_factory: pytest.TempPathFactory, tokenizer_folders: dict[str, 
     """What every stage made of the document."""
     folder = tmp_path_factory.mktemp("path")
     (folder / "one.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
-    corpus = Corpus.open(
-        CorpusConfig(sources=[SourceConfig(name="d", path=str(folder / "one.jsonl"))]), seed=0
-    )
+    source = SourceConfig(name="d", path=str(folder / "one.jsonl"))
+    corpus = Corpus.open(CorpusConfig(sources=[source]), seed=0)
     target_folder = model_folder(TARGET[0], tokenizer_folders[TARGET[1]], folder / "target", seed=9)
     target = ByteTokenizer.load(str(target_folder))
     row = ShardReader(corpus, target, 0, 1, ROW_TOKENS).next_row()
     segment = row.segments[0]
 
     stages = SimpleNamespace(
-        row=row, segment=segment, target=target, teachers={}, target_folder=target_folder
+        source=source, row=row, segment=segment, target=target, teachers={}, target_folder=target_folder
     )
     for seed, (name, (architecture, kind)) in enumerate(TEACHERS.items()):
         model = model_folder(architecture, tokenizer_folders[kind], folder / name, seed=seed)
@@ -102,6 +108,40 @@ def path(tmp_path_factory: pytest.TempPathFactory, tokenizer_folders: dict[str, 
     return stages
 
 
+@pytest.fixture(scope="module")
+def stepped(path: SimpleNamespace) -> SimpleNamespace:
+    """The target after one step on the document, and what the step was made of."""
+    batch: MicroBatch = path.batch
+    model = HeadedModel(load_causal_lm(ModelConfig(model=str(path.target_folder)), dtype=torch.float32))
+    optimizer = make_optimizer(model, TRAINING)
+
+    def head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        hidden = hidden.flatten(0, 1)[batch.positions]
+        config = ObjectiveConfig(clm_weight=0.3)
+        return objective(
+            hidden, weight, bias, batch.gold, batch.fused, config=config, denominator=len(batch.gold)
+        ).loss
+
+    model(batch.input_ids, batch.position_ids, head).backward()
+    before = {name: p.detach().double() for name, p in model.causal_lm.named_parameters()}
+    gradients = {name: p.grad.double() for name, p in model.causal_lm.named_parameters()}
+    norm = clip_gradients(model, TRAINING.clip_norm)
+    set_learning_rate(optimizer, learning_rate(0, TRAINING))
+    optimizer.step()
+    return SimpleNamespace(model=model, optimizer=optimizer, before=before, gradients=gradients, norm=norm)
+
+
+@pytest.fixture(scope="module")
+def exported(
+    path: SimpleNamespace, stepped: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The checkpoint of that step as a model's folder."""
+    folder = tmp_path_factory.mktemp("exported")
+    (folder / "step").mkdir()
+    write_checkpoint(folder / "step", training_tensors(stepped.model, stepped.optimizer), {"step": 1})
+    return export_model(folder / "step", TargetConfig(model=str(path.target_folder)), folder / "out")
+
+
 def test_the_first_segment_is_the_document_in_target_tokens(path: SimpleNamespace):
     segment: Segment = path.segment
     assert segment.text.decode() == TEXT
@@ -147,6 +187,17 @@ def test_aligned_gold_nats_telescope_to_the_teachers_own(path: SimpleNamespace, 
     assert aligned.teacher_nats == pytest.approx(-teacher.scores.gold_logprobs.sum(), abs=1e-3)
 
 
+def first_token(target: ByteTokenizer, data: bytes) -> bytes | None:
+    """Of what the target writes for these bytes in mid-text, after a line's end or else "!"."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:  # no text: the longest token that they begin with
+        return max((part for part in target.token_bytes if part and data.startswith(part)), key=len)
+    encodings = [target.encode(before + text) for before in "\n!"]
+    tokens = next(encoding for encoding in encodings if 1 in encoding.ends)
+    return target.token_bytes[tokens.ids[tokens.ends > 1][0]]
+
+
 @pytest.mark.parametrize("name", TEACHERS)
 def test_aligned_mass_is_one_and_lies_where_the_bytes_say(path: SimpleNamespace, name: str):
     teacher = path.teachers[name]
@@ -162,20 +213,23 @@ def test_aligned_mass_is_one_and_lies_where_the_bytes_say(path: SimpleNamespace,
     p = int(np.flatnonzero(path.segment.ends == boundary)[-1])
     q = int(np.flatnonzero(teacher.tokens.ends == boundary)[-1])
     spelt = set(path.target.token_bytes)
-    expected: dict[bytes, float] = {}
-    for token, logprob in zip(teacher.scores.top_ids[q], teacher.scores.top_logprobs[q], strict=True):
-        data = teacher.tokenizer.token_bytes[token]
-        if data is not None and data in spelt:
-            expected[data] = expected.get(data, 0.0) + math.exp(logprob)
-    seen: dict[bytes, float] = {}
-    for token, logprob in zip(aligned.ids[p], aligned.logprobs[p], strict=True):
-        data = path.target.token_bytes[token]
-        seen[data] = seen.get(data, 0.0) + math.exp(logprob)
     gold = path.target.token_bytes[path.segment.ids[p + 1]]
-    exact = {data: mass for data, mass in expected.items() if data != gold and mass > 1e-4}
-    assert exact
-    for data, mass in exact.items():  # at least: other tokens may begin with the same target token
-        assert seen.get(data, 0.0) >= mass - np.exp(aligned.gold[p]) - 1e-4
+    ends_inside = teacher.tokens.ends[q + 1] > path.segment.ends[p + 1]
+    expected: Counter[bytes | None] = Counter()
+    for token, logprob in zip(teacher.scores.top_ids[q], teacher.scores.top_logprobs[q], strict=True):
+        data, mass = teacher.tokenizer.token_bytes[token], math.exp(logprob)
+        if data is None or (ends_inside and data.startswith(gold)):
+            continue  # of the latter the gold token has the mass
+        if token == teacher.tokens.ids[q + 1]:
+            mass -= math.exp(aligned.gold[p])
+        expected[data if data in spelt else first_token(path.target, data)] += mass
+    seen: Counter[bytes | None] = Counter()
+    for token, logprob in zip(aligned.ids[p], aligned.logprobs[p], strict=True):
+        seen[path.target.token_bytes[token]] += math.exp(logprob)
+    parts = (expected | seen).keys() - {gold, None}  # what goes to EOS has no bytes
+    assert max(expected[part] for part in parts) > 1e-3
+    for part in parts:
+        assert seen[part] == pytest.approx(expected[part], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", TEACHERS)
@@ -241,3 +295,38 @@ def test_the_loss_is_clm_and_kl_to_the_fused_distribution_with_its_bucket(path: 
             kl += rest / scale * math.log(rest / scale / outside)
         total += 0.3 * clm + 0.7 * kl
     assert output.loss.item() == pytest.approx(total / 7.0, rel=1e-3)
+
+
+def test_a_step_is_adamw_on_the_clipped_gradients(stepped: SimpleNamespace):
+    (b1, b2), lr, eps = TRAINING.betas, TRAINING.lr / 2, 1e-8  # the first of two steps of warm-up
+    norm = math.sqrt(sum((g**2).sum().item() for g in stepped.gradients.values()))
+    assert stepped.norm == pytest.approx(norm, rel=1e-5)
+    assert norm > TRAINING.clip_norm
+    for name, parameter in stepped.model.causal_lm.named_parameters():
+        gradient = stepped.gradients[name] * TRAINING.clip_norm / norm
+        mean, square = (1 - b1) * gradient, (1 - b2) * gradient**2
+        decay = TRAINING.weight_decay if parameter.dim() >= 2 else 0.0
+        expected = stepped.before[name] * (1 - lr * decay)
+        expected -= lr * (mean / (1 - b1)) / ((square / (1 - b2)).sqrt() + eps)
+        torch.testing.assert_close(parameter.detach().double(), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_the_exported_checkpoint_holds_the_weights_after_the_step(stepped: SimpleNamespace, exported: Path):
+    loaded = dict(AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).named_parameters())
+    trained = dict(stepped.model.causal_lm.named_parameters())
+    assert loaded.keys() == trained.keys()
+    for name, parameter in trained.items():
+        assert torch.equal(loaded[name], parameter)
+
+
+def test_bits_per_byte_are_the_exported_models_nats_over_the_documents_bytes(
+    path: SimpleNamespace, exported: Path
+):
+    documents = held_out_documents([path.source], max_bytes=10_000)
+    model, tokenizer, context = load_model(ModelConfig(model=str(exported)))
+    score = bits_per_byte(model, tokenizer, documents, row_tokens=context, batch_rows=1)["d"]
+    ids = torch.from_numpy(path.segment.ids[:-1]).long()  # from BOS to the last byte: EOS is not counted
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(exported).double()(ids[None]).logits[0, :-1]
+    nats = -log_softmax(logits, dim=-1).gather(1, ids[1:, None]).sum().item()
+    assert score.bits_per_byte == pytest.approx(nats / len(TEXT.encode()) / math.log(2), rel=1e-5)

@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
 from fusellm_ray.config import AlignmentConfig, ModelConfig, TeacherConfig
-from fusellm_ray.errors import AlignmentError
+from fusellm_ray.errors import AlignmentError, ClusterError
 from fusellm_ray.teachers import pool as pool_module
 from fusellm_ray.teachers.pool import TeacherPool
 from fusellm_ray.teachers.report import Description, Heartbeat
@@ -34,6 +35,8 @@ class Replica:
     def __init__(self) -> None:
         self.restarts = 0
         self.failures = 0
+        self.failed_starts = 0
+        """That are still to come."""
         self.problem: str | None = None
         self.weights = "f"
         self.passage_logprobs = (-1.0, float("nan"), -3.0)
@@ -50,6 +53,9 @@ class Replica:
     async def answer_describe(self) -> Description:
         while self.is_down:
             await asyncio.sleep(0.01)
+        if self.failed_starts:
+            self.failed_starts -= 1
+            raise RayActorError("it crashed")
         return Description(
             name="t",
             fingerprint=self.weights,
@@ -242,6 +248,42 @@ def test_a_replica_that_does_not_load_gets_a_new_process(replicas: list[Replica]
         await until(lambda: replicas[0].restarts == 1)
         assert "not loaded within" in pool._members[0].problem
         replicas[0].is_down = False
+        await until(lambda: pool._members[0].state == "ready")
+
+    asyncio.run(run())
+
+
+def test_a_teacher_that_does_not_start_is_said_and_tried_on(
+    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "_LONGEST_PAUSE_S", 0.01)
+
+    async def run() -> None:
+        pool = make_pool(1)
+        replicas[0].failed_starts = 100
+        await until(lambda: pool._members[0].state == "refused")
+        with pytest.raises(ClusterError, match=r"teacher t: \d+ attempts to start a replica failed"):
+            await pool.status()
+        await until(lambda: pool._members[0].state == "ready")
+        assert list((await pool.table()).handles) == [0]
+
+    asyncio.run(run())
+
+
+def test_one_replica_that_does_not_start_ends_nothing_while_another_loads(
+    replicas: list[Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "_LONGEST_PAUSE_S", 0.01)
+
+    async def run() -> None:
+        pool = make_pool(2)
+        replicas[0].failed_starts = 10_000
+        replicas[1].is_down = True
+        await until(lambda: pool._members[0].state == "refused")
+        assert not (await pool.table()).handles
+        replicas[1].is_down = False
+        await until(lambda: pool._members[1].state == "ready")
+        replicas[0].failed_starts = 0
         await until(lambda: pool._members[0].state == "ready")
 
     asyncio.run(run())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec.compression
 import huggingface_hub
 import numpy as np
 import pyarrow as pa
@@ -104,6 +105,33 @@ def test_an_explicit_format_picks_a_folders_files(tmp_path: Path) -> None:
     assert texts_of(corpus.documents(0, 1), 2) == ["record", "record"]
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.tar.gz", "B.ARROW"])
+def test_a_file_of_a_format_that_is_not_read_is_refused_unless_it_is_called_text(
+    tmp_path: Path, name: str
+) -> None:
+    content = b"id,body"
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    says = f"{name}: .* is not read, only JSONL, Parquet and text; convert it .* or set format: text"
+    for path in (tmp_path, tmp_path / name):
+        for streaming in (False, True):
+            fails(says, {"path": str(path), "streaming": streaming})
+    corpus = opened({"path": str(tmp_path / name), "format": "text"})
+    assert next(corpus.documents(0, 1)).text == "id,body"
+
+
+def test_endings_of_text_are_read_as_text(tmp_path: Path) -> None:
+    for name in ("a.py", "b.rst", "c.html", "d", "e.v2"):
+        (tmp_path / name).write_text(name)
+    assert texts_of(opened({"path": str(tmp_path)}).documents(0, 1), 5) == [
+        "a.py",
+        "b.rst",
+        "c.html",
+        "d",
+        "e.v2",
+    ]
+
+
 def test_a_changed_file_is_read_anew_and_an_unchanged_one_is_not(tmp_path: Path, arrow_cache: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", ["old"])
     before = opened({"path": path})
@@ -186,6 +214,25 @@ def test_a_source_with_fewer_documents_than_shards_wraps(tmp_path: Path, streami
     corpus = opened({"path": jsonl(tmp_path / "a.jsonl", ["a", "b", "c"]), "streaming": streaming})
     for shard in range(8):
         assert texts_of(corpus.documents(shard, 8), 3) == ["abc"[shard % 3]] * 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("num_documents", [1, 3, 8])
+def test_shards_that_share_documents_begin_at_different_places_of_the_first(
+    tmp_path: Path, num_documents: int, streaming: bool
+) -> None:
+    texts = ["".join(f"{i}.{n} é" for n in range(9)) for i in range(num_documents)]
+    path = jsonl(tmp_path / "a.jsonl", texts)
+    corpus = opened({"path": path, "streaming": streaming})
+    firsts = []
+    for shard in range(8):
+        whole = texts[shard % num_documents]
+        sharing = range(shard % num_documents, 8, num_documents)
+        first, *others = texts_of(corpus.documents(shard, 8), 3)
+        assert first == whole[len(whole) * sharing.index(shard) // len(sharing) :]
+        assert others == [whole] * 2
+        firsts.append(first)
+    assert len(set(firsts)) == 8
 
 
 @pytest.mark.parametrize("kept_chars", [1 << 20, 0])
@@ -281,7 +328,13 @@ def test_sources_take_turns_without_random_numbers(tmp_path: Path) -> None:
 def test_a_reader_goes_on_from_any_cursor(tmp_path: Path, shuffle: bool, num_shards: int) -> None:
     mixed = jsonl(tmp_path / "a.jsonl", [f"a{i}" * i for i in range(7)])
     stream = jsonl(tmp_path / "b.jsonl", [f"b{i}" * (i % 3) for i in range(11)])
-    sources = ({"path": mixed}, {"path": stream, "streaming": True, "weight": 2})
+    (tmp_path / "one.txt").write_text("one file of text")
+    sources = (
+        {"path": mixed},
+        {"path": stream, "streaming": True, "weight": 2},
+        {"path": str(tmp_path / "one.txt")},
+        {"path": str(tmp_path / "one.txt"), "streaming": True},
+    )
     corpus = opened(*sources, shuffle=shuffle)
     for shard in range(num_shards):
         reader = corpus.documents(shard, num_shards)
@@ -344,6 +397,7 @@ def test_a_corpus_without_text_is_refused(tmp_path: Path, streaming: bool) -> No
         ('{"text": ["x"]}', "a.jsonl:3: field 'text' is a list"),
         ('["text"]', "a.jsonl:3: a list where one JSON object a line is expected"),
         ('{"text": "x"', "a.jsonl:3: not JSON .* at column 13"),
+        ("[" * 100_000, "a.jsonl:3: JSON that is nested too deeply"),
         ('{"text": "x\\ud83d"}', "a.jsonl:3: field 'text' has an unpaired surrogate at character 1"),
     ],
 )
@@ -383,6 +437,16 @@ def test_a_file_that_is_not_what_its_ending_says_is_named_with_its_cause(tmp_pat
         with pytest.raises(CorpusError, match=f"{name}: cannot be read as") as caught:
             opened({"path": str(tmp_path / name)})
         assert caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl"])
+def test_a_compression_that_nothing_installed_reads_is_named(
+    tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(fsspec.compression.compr, "zstd", raising=False)
+    path = tmp_path / f"a.{ending}.zst"
+    path.write_bytes(b"\x28\xb5\x2f\xfd")
+    fails("zst: zstandard, which reads it, is not installed: pip install zstandard", {"path": str(path)})
 
 
 def test_an_unknown_split_is_named(tmp_path: Path) -> None:

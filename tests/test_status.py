@@ -250,6 +250,7 @@ def test_a_pool_that_died_is_reported_and_the_others_are_still_asked(ray_session
                 settings={},
                 asks={},
                 labels={},
+                hang_s=300.0,
                 problems=("replica 1: no GPU",),
                 description=None,
                 queued_tokens=7,

@@ -29,6 +29,11 @@ _ENDINGS: dict[str, FileFormat] = {
     ".parquet": "parquet",
 }
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_OTHER_ENDINGS = frozenset((
+    ".7z", ".arrow", ".avro", ".csv", ".docx", ".feather", ".lz4", ".lzma", ".npy", ".npz", ".orc", ".pdf", ".pkl",
+    ".safetensors", ".tar", ".tgz", ".tsv", ".xls", ".xlsx", ".zip",
+))  # fmt: skip
+"""Of formats that are not read; any other ending is taken for text."""
 _PARQUET_ROWS = 1024
 _SAMPLE_BYTES = 1 << 16
 
@@ -56,7 +61,7 @@ def find_files(path: str, wanted: Literal["auto"] | FileFormat) -> tuple[tuple[F
     that have its ending (any file, for text).
 
     Raises:
-        CorpusError: nothing is there, or formats are mixed.
+        CorpusError: nothing is there, formats are mixed, or the format is to be found and is none that is read.
     """
     place = Path(path).expanduser()
     if any((place / name).is_file() for name in ("state.json", "dataset_dict.json")):
@@ -78,6 +83,12 @@ def find_files(path: str, wanted: Literal["auto"] | FileFormat) -> tuple[tuple[F
         raise CorpusError(f"path {path!r}: {kind}{of}; looked for {place.absolute()}")
     found.sort()
     if wanted == "auto":
+        for file in found:
+            if (ending := _ending(file)) in _OTHER_ENDINGS:
+                raise CorpusError(
+                    f"{file}: {ending} is not read, only JSONL, Parquet and text; convert it to one of them, or set "
+                    "format: text to read it as it is"
+                )
         counts = Counter(map(_format_of, found))
         if len(counts) > 1:
             mixed = ", ".join(f"{count} {kind}" for kind, count in counts.items())
@@ -102,11 +113,16 @@ def sampled_digest(paths: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _format_of(path: Path) -> FileFormat:
+def _ending(path: Path) -> str:
+    """Without that of a compression."""
     suffixes = [s.lower() for s in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED:
         suffixes.pop()
-    return _ENDINGS.get(suffixes[-1] if suffixes else "", "text")
+    return suffixes[-1] if suffixes else ""
+
+
+def _format_of(path: Path) -> FileFormat:
+    return _ENDINGS.get(_ending(path), "text")
 
 
 def read_records(
@@ -158,6 +174,13 @@ def _kind(value: object) -> str:
     )
 
 
+def _open(path: str) -> Any:
+    """The file's bytes, without its compression."""
+    if path.lower().endswith(".zst") and "zstd" not in fsspec.available_compressions():
+        raise CorpusError(f"{path}: zstandard, which reads it, is not installed: pip install zstandard")
+    return fsspec.open(path, "rb", compression="infer")
+
+
 def _decode(data: bytes, path: str, offset: int) -> str:
     try:
         return data.decode()
@@ -170,7 +193,7 @@ def _decode(data: bytes, path: str, offset: int) -> str:
 
 def _read_jsonl(path: str, field: str) -> Iterator[tuple[int, str]]:
     offset = 0
-    with fsspec.open(path, "rb", compression="infer") as stream:
+    with _open(path) as stream:
         for number, line in enumerate(stream, start=1):
             where = f"{path}:{number}"
             text = _decode(line, path, offset)
@@ -185,6 +208,8 @@ def _read_jsonl(path: str, field: str) -> Iterator[tuple[int, str]]:
                 raise CorpusError(
                     f"{where}: not JSON ({error.msg} at column {error.colno}); one object a line is expected"
                 ) from None
+            except RecursionError:
+                raise CorpusError(f"{where}: JSON that is nested too deeply; repair the record") from None
             if not isinstance(record, dict):
                 raise CorpusError(f"{where}: {_kind(record)} where one JSON object a line is expected")
             yield number, checked_text(record, field, where)
@@ -219,5 +244,5 @@ def check_column(schema: pa.Schema, field: str, where: str) -> None:
 
 
 def _read_text(path: str, field: str) -> Iterator[tuple[int, str]]:
-    with fsspec.open(path, "rb", compression="infer") as stream:
+    with _open(path) as stream:
         yield 0, _decode(stream.read(), path, 0)

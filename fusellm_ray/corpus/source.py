@@ -6,7 +6,8 @@
 
 The order is a function of the sources, the seed and the number of shards alone. Document i of a source,
 counted without empty documents and in the epoch's order, belongs to shard i % n. A source with fewer
-documents than shards is cut into as many shards as it has documents, and shard i reads shard i % that number.
+documents than shards is cut into as many shards as it has documents, and shard i reads shard i % that number:
+of c shards that so read the same, each begins at another c-th of its first document, and goes on with whole ones.
 """
 
 from __future__ import annotations
@@ -123,6 +124,8 @@ class DocumentReader:
         )
         shard = self._shards[behind]
         text, name, epoch = shard.next()
+        if not shard.state["bytes"]:
+            text = _from_own_place(text, self._place, shard.stride)
         shard.state["bytes"] += len(text) if text.isascii() else len(text.encode())
         return Document(text, self._sources[behind].name, name, epoch)
 
@@ -135,6 +138,13 @@ class DocumentReader:
     def epochs(self) -> dict[str, int]:
         """Complete passes through this shard of each source."""
         return {s.name: shard.state["epoch"] for s, shard in zip(self._sources, self._shards, strict=True)}
+
+
+def _from_own_place(text: str, place: list[int], stride: int) -> str:
+    """What a shard reads of its first document, which all shards of one remainder by `stride` begin with."""
+    shard, num_shards = place
+    num_sharing = len(range(shard % stride, num_shards, stride))
+    return text[len(text) * (shard // stride) // num_sharing :]
 
 
 # ------------------------------------------------------------------------------------ random access
@@ -218,13 +228,13 @@ class _ArrowShard:
         state: Mapping[str, int] | None,
     ) -> None:
         self._source, self._seed = source, seed
-        self._stride = min(num_shards, source.num_documents)
-        self._first = shard % self._stride
+        self.stride = min(num_shards, source.num_documents)
+        self._first = shard % self.stride
         self.state = dict(state or {"epoch": 0, "next": 0, "bytes": 0})
 
     def next(self) -> tuple[str, str, int]:
         count = self._source.num_documents
-        position = self._first + self.state["next"] * self._stride
+        position = self._first + self.state["next"] * self.stride
         if position >= count:
             self.state["epoch"] += 1
             self.state["next"] = 0
@@ -378,10 +388,14 @@ class _StreamShard:
         self.own_records: Iterator[tuple[str, str]] | None = None
         """Of a shard that fell behind what is kept for all."""
 
+    @property
+    def stride(self) -> int:
+        return min(self.state["count"] or self._num_shards, self._num_shards)
+
     def next(self) -> tuple[str, str, int]:
         state = self.state
         while True:
-            stride = min(state["count"] or self._num_shards, self._num_shards)
+            stride = self.stride
             while record := self._next_record():
                 text, name = record
                 state["records"] += 1

@@ -181,7 +181,7 @@ class TeacherStream:
         return Batch(number, segments, tokens, num_bytes, [None] * len(self._teachers), pending)
 
     def _send_unsent(self) -> None:
-        now = self._now()
+        now = time.monotonic()
         for teacher in self._teachers:
             lacks_replicas = bool(teacher.unsent) and not teacher.handles and now >= teacher.table_at
             if teacher.table_ref is None and (lacks_replicas or now >= teacher.refresh_at):
@@ -218,7 +218,7 @@ class TeacherStream:
     def _ask_for_table(self, teacher: TeacherQueue) -> None:
         waited_s = teacher.traffic.wait_s - teacher.reported_wait_s
         teacher.reported_wait_s = teacher.traffic.wait_s
-        teacher.refresh_at = self._now() + REFRESH_S
+        teacher.refresh_at = time.monotonic() + REFRESH_S
         teacher.table_ref = teacher.address.pool.table.remote(teacher.address.name, waited_s)
         self._awaited[teacher.table_ref] = (teacher, None)
 
@@ -316,8 +316,9 @@ class TeacherStream:
                 what = f"failed {request.wrong_answers} times in {failing_s:.0f} s at batch {request.batch}"
                 self._lost(teacher, what, error)
         if is_wrong or isinstance(error, RayActorError):
-            # That replica is gone for now: the pool looks at it and says who is left.
+            # That process is gone: the pool looks at it and says who is left. The next of this number is another.
             teacher.handles.pop(replica, None)
+            request.tried.discard(replica)
             self._report(teacher, replica, is_wrong=is_wrong)
         teacher.traffic.retries += 1
         if not request.attempts and request.batch in teacher.in_flight:  # else another attempt is still out
@@ -333,17 +334,17 @@ class TeacherStream:
         except (RayError, FuseLLMError) as error:
             cause = cause_of(error)
             teacher.last_problem = f"its pool: {summary_of(cause)}"
-            teacher.table_at = self._now() + (REFRESH_S if teacher.is_lost else _BACKOFF_S[0])
+            teacher.table_at = time.monotonic() + (REFRESH_S if teacher.is_lost else _BACKOFF_S[0])
             if _cannot_heal(cause):
                 self._lost(teacher, "no replica can work", cause)
             return
         teacher.handles = dict(table.handles)
-        teacher.table_at = self._now() + _BACKOFF_S[0]
+        teacher.table_at = time.monotonic() + _BACKOFF_S[0]
 
     def _back_off(self, teacher: TeacherQueue, is_alone: bool) -> None:
         if is_alone:
             teacher.backoff_s = min(max(2 * teacher.backoff_s, _BACKOFF_S[0]), _BACKOFF_S[1])
-            teacher.send_at = self._now() + teacher.backoff_s
+            teacher.send_at = time.monotonic() + teacher.backoff_s
 
     def _check_time(self) -> None:
         """Send stragglers to another replica, and give up on a teacher past its deadline."""

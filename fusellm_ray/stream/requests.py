@@ -81,10 +81,10 @@ class TeacherQueue:
         self.unsent: deque[Request] = deque()
         self.in_flight: dict[int, Request] = {}
         self.table_ref: Any = None
-        self.table_at = 0.0  # when the table may be asked for again, if there is need
-        self.refresh_at = 0.0  # when it is asked for without need: replicas may have come or gone
+        self.table_at = 0.0  # by the clock, when the table may be asked for again, if there is need
+        self.refresh_at = 0.0  # ... and when it is asked for without need: replicas may have come or gone
         self.reported_wait_s = 0.0
-        self.send_at = 0.0
+        self.send_at = 0.0  # by the clock, when what failed may be sent again
         self.backoff_s = 0.0
         self.progress_at = 0.0
         self.last_problem = "no answer"

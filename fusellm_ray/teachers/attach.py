@@ -96,7 +96,7 @@ def bring_up(
     if not config.active_teachers:
         raise ConfigError(f"fusion.rule={config.fusion.rule}: this config listens to no teacher")
     pools = {teacher.name: find_pool(teacher.name) for teacher in config.active_teachers}
-    _refuse_differences(config, {name: pool for name, pool in pools.items() if pool is not None})
+    _refuse_what_does_not_fit(config, {name: pool for name, pool in pools.items() if pool is not None})
     started: dict[str, Any] = {}
     try:
         for teacher in config.active_teachers:
@@ -135,7 +135,7 @@ def attach(config: Config) -> dict[str, Any]:
                 f"teacher {teacher.name} does not run on this cluster; start it with "
                 "`fusellm-ray teachers up CONFIG`, or train without --attach"
             )
-    _refuse_differences(config, pools)
+    _refuse_what_does_not_fit(config, pools)
     return pools
 
 
@@ -224,7 +224,7 @@ def _status_or_problem(teacher: str, pool: Any) -> PoolStatus | str:
         return summary_of(cause_of(error))
 
 
-def _refuse_differences(config: Config, pools: dict[str, Any]) -> None:
+def _refuse_what_does_not_fit(config: Config, pools: dict[str, Any]) -> None:
     for teacher in config.active_teachers:
         if teacher.name not in pools:
             continue
@@ -240,4 +240,11 @@ def _refuse_differences(config: Config, pools: dict[str, Any]) -> None:
                 f"teacher {teacher.name} runs with other settings than this config wants:\n  "
                 + "\n  ".join(differing)
                 + "\nchange the config, give the teacher another name, or take the running one down"
+            )
+        deadline_s = config.stream.deadline_s
+        if config.stream.on_teacher_loss == "wait" and deadline_s <= status.hang_s:
+            raise ConfigError(
+                f"stream.deadline_s={deadline_s:g}: the running teacher {teacher.name} restarts a replica that hangs "
+                f"after {status.hang_s:g} s, half of the deadline it was brought up with; the run would have ended "
+                "before. Give it a longer deadline, or take the teacher down and up again with this config"
             )

@@ -43,6 +43,8 @@ _DRAIN_S = 2 * REFRESH_S
 """How long a replica that is to go answers ranks that have not read the table since."""
 _MAX_FAILED_STARTS = 3
 """In a row, by a teacher of which no replica has ever been up."""
+_LONGEST_PAUSE_S = 15.0
+"""Before a replica that did not start is tried again; the first pause is of a second, each next one twice as long."""
 _LOOK_S = 1.0
 """How long a rank that reports a replica waits for the look at it: a dead one is known at once, a frozen one late."""
 _REFUSED_S = 60.0
@@ -67,6 +69,7 @@ class _Member:
     handle: Any
     state: Literal["starting", "ready", "draining", "refused"] = "starting"
     incarnation: str = ""
+    has_had_place: bool = False
     beat: Heartbeat | None = None
     """Its latest."""
     beat_at: float = 0.0
@@ -177,6 +180,7 @@ class TeacherPool:
             settings=answer_settings(self._teacher, self._alignment),
             asks=self._teacher.asks,
             labels=self._teacher.resources.labels,
+            hang_s=self._hang_s,
             problems=tuple(f"replica {m.number}: {m.problem}" for m in self._members.values() if m.problem),
             description=self._description,
             decisions=tuple(self._decisions),
@@ -203,8 +207,12 @@ class TeacherPool:
 
     def _raise_failure(self) -> None:
         """Say why the teacher cannot work, once there is no replica left that could."""
-        if self._failure is not None and all(m.state == "refused" for m in self._members.values()):
+        if self._failure is not None and not any(self._may_work(m) for m in self._members.values()):
             raise self._failure
+
+    def _may_work(self, member: _Member) -> bool:
+        """Of a teacher that was never up, nobody waits for a place for one more."""
+        return member.state != "refused" and (member.has_had_place or self._description is not None)
 
     # ------------------------------------------------------------------------------------ tending
 
@@ -260,9 +268,9 @@ class TeacherPool:
                     member.number,
                     member.problem,
                 )
-                if self._description is None and self._is_final(error, failed_starts):
+                if self._description is None and self._is_final(member, error, failed_starts):
                     return
-                await asyncio.sleep(min(2.0**failed_starts, 30.0) / 2)
+                await asyncio.sleep(min(2.0 ** (failed_starts - 1), _LONGEST_PAUSE_S))
                 if not isinstance(error, RayActorError):
                     ray.kill(
                         member.handle, no_restart=False
@@ -287,25 +295,30 @@ class TeacherPool:
     async def _describe(self, member: _Member) -> Description:
         """Wait for as long as it takes to get a place, then for `load_s`."""
         await member.handle.ready.remote()
+        member.has_had_place = True
         try:
             return await _within(self._load_s, member.handle.describe.remote())
         except TimeoutError:
             raise EngineError(f"not loaded within {self._load_s:.0f} s (run.start_timeout_s)") from None
 
-    def _is_final(self, error: Exception, failed_starts: int) -> bool:
-        """Whether a teacher that was never up will never be; then `status` and `table` raise why."""
+    def _is_final(self, member: _Member, error: Exception, failed_starts: int) -> bool:
+        """Whether a teacher that was never up will never be; then `status` and `table` raise why.
+
+        They also do while replicas only fail to start, which is tried on: it may pass.
+        """
         cause = getattr(error, "cause", None) if isinstance(error, RayTaskError) else None
-        if isinstance(cause, FuseLLMError) and isinstance(cause, ValueError):
+        is_final = isinstance(cause, FuseLLMError) and isinstance(cause, ValueError)
+        if is_final:
             self._failure = cause
+            for each in self._members.values():
+                each.state = "refused"
         elif failed_starts >= _MAX_FAILED_STARTS:
             self._failure = ClusterError(
                 f"teacher {self._teacher.name}: {failed_starts} attempts to start a replica failed, "
                 f"the last with: {error}"
             )
-        if self._failure is not None:
-            for member in self._members.values():
-                member.state = "refused"
-        return self._failure is not None
+            member.state = "refused"
+        return is_final
 
     def _accepts(self, member: _Member, description: Description) -> bool:
         """Whether a replica is what the first one was, and gives its answers."""

@@ -137,6 +137,8 @@ class PoolStatus:
     """Resources of one replica."""
     labels: dict[str, str]
     """... and the labels of its node."""
+    hang_s: float
+    """A replica that holds requests and has answered none for so long is restarted."""
     problems: tuple[str, ...]
     """What keeps replicas from being up, as far as known."""
     description: Description | None
