@@ -4,17 +4,18 @@ A `ModelConfig` enters; a `transformers` model leaves. Teachers, the target and 
 
 The objective never asks a model for logits: it takes hidden states and the LM head and works in chunks. And
 rows are packed, so a document must not see the ones before it. `check_structure` proves on the loaded model
-that both are sound for its architecture.
+that both are sound for its architecture; `check_skeleton` refuses before loading what shows without weights.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +38,13 @@ _KEEP_FREED = {-3: 1 << 30, -1: (1 << 31) - 1}
 """glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes."""
 _SAMPLE_BYTES = 4096
 """Read of each tensor for a fingerprint of weights."""
+_AFTER_HEAD = {
+    "final_logit_softcapping": None,
+    "logits_scaling": 1,
+    "logit_scale": 1,
+    "lm_head_multiplier": 1,
+}
+"""Settings of transformers' configs that change logits after the head, and the value (or None) that does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,25 +364,39 @@ def check_structure(model: PreTrainedModel) -> None:
     check_packing(HeadedModel(model))
 
 
+def check_skeleton(model: PreTrainedModel) -> None:
+    """Check what modules and config tell: nothing is computed, so the model may be on the meta device.
+
+    Raises:
+        ModelError: `check_head` or `check_packing` would refuse the model once it is loaded.
+    """
+    _check_parts(model)
+    config = model.config.get_text_config()
+    for key, neutral in _AFTER_HEAD.items():
+        # Only an architecture that declares a setting obeys it.
+        value = getattr(config, key, None) if hasattr(type(config), key) else None
+        if value not in (None, neutral):
+            raise ModelError(
+                f"{type(model).__name__}: its config sets {key}={value}, which changes logits after the head "
+                "(soft-capping, scaling), and the objective cannot follow: choose another architecture as target"
+            )
+
+
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Check that hidden states times the LM head are the model's own logits.
+    """Check that hidden states times the LM head are the model's own logits, whatever its attention.
 
     Raises:
         ModelError: they are not, for example because the architecture caps or scales its logits.
     """
     name = type(model).__name__
-    head = model.get_output_embeddings()
-    if model.base_model is model or getattr(head, "weight", None) is None or head.weight.dim() != 2:
-        raise ModelError(
-            f"{name}: no separate body and linear LM head; choose another architecture as target"
-        )
-    _check_takes_positions(model)
-    input_ids, position_ids = _probe(head.weight)
-    own = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-    if not isinstance(own, Tensor):
-        raise ModelError(f"{name}: returns no logits; choose another architecture as target")
-    ours = nn.functional.linear(hidden_states(model, input_ids, position_ids), *lm_head(model))
+    _check_parts(model)
+    input_ids, position_ids = _probe(model.get_output_embeddings().weight)
+    with _portable_attention(model):
+        own = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+        if not isinstance(own, Tensor):
+            raise ModelError(f"{name}: returns no logits; choose another architecture as target")
+        ours = nn.functional.linear(hidden_states(model, input_ids, position_ids), *lm_head(model))
     error = _relative_error(ours, own)
     if not error < (1e-4 if own.dtype == torch.float32 else 0.1):
         raise ModelError(
@@ -431,6 +453,34 @@ def _probe(weight: Tensor) -> tuple[Tensor, Tensor]:
     ids = (torch.arange(2 * length).reshape(2, length) * 7 + 1) % 31  # every model has 31 tokens
     positions = torch.cat([torch.arange(_CUT), torch.arange(length - _CUT)]).expand(2, -1)
     return ids.to(weight.device), positions.contiguous().to(weight.device)
+
+
+@contextlib.contextmanager
+def _portable_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Attend meanwhile without flash or flex attention, which do not run on every device and in every type."""
+    own = _attention(model)
+    if not own.startswith(("flash", "flex")):
+        yield
+        return
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    if _attention(model) == own:
+        raise ModelError(
+            f"{type(model).__name__}: its attention {own!r} cannot be exchanged for the time of a check; "
+            "set target.attention to sdpa or eager"
+        )
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = own
+
+
+def _check_parts(model: PreTrainedModel) -> None:
+    head = model.get_output_embeddings()
+    if model.base_model is model or getattr(head, "weight", None) is None or head.weight.dim() != 2:
+        raise ModelError(
+            f"{type(model).__name__}: no separate body and linear LM head; choose another architecture as target"
+        )
+    _check_takes_positions(model)
 
 
 def _check_takes_positions(model: PreTrainedModel) -> None:

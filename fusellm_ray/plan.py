@@ -24,7 +24,7 @@ from fusellm_ray.corpus.rows import ShardReader
 from fusellm_ray.corpus.source import Corpus
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.errors import CheckpointError, ClusterError, ConfigError, CorpusError
-from fusellm_ray.models import ModelFacts, build_on_meta, model_facts, weights_fingerprint
+from fusellm_ray.models import ModelFacts, build_on_meta, check_skeleton, model_facts, weights_fingerprint
 from fusellm_ray.observe.sinks import require_packages
 from fusellm_ray.perplexity import held_out_documents
 from fusellm_ray.target.checkpoint import explain_changes
@@ -85,6 +85,8 @@ def preflight(config: Config) -> dict[str, Any]:
         ConfigError, ModelError, TokenizerError, CorpusError: the first thing that cannot work.
     """
     require_packages(config.run.sinks)
+    skeleton = build_on_meta(config.target)
+    check_skeleton(skeleton)
     target = model_facts(config.target)
     if config.corpus.row_tokens > target.max_context:
         raise ConfigError(
@@ -98,7 +100,7 @@ def preflight(config: Config) -> dict[str, Any]:
     if config.target.lora is not None:
         from fusellm_ray.target.model import add_adapters
 
-        add_adapters(build_on_meta(config.target), config.target.lora)
+        add_adapters(skeleton, config.target.lora)
     tokenizer = ByteTokenizer.of_model(config.target, target.vocab_size)
     teachers = {}
     for i, teacher in enumerate(config.active_teachers):

@@ -122,10 +122,11 @@ def test_an_elastic_resume_on_the_one_rank_that_there_is_room_for_goes_on_with_t
 
 
 class KillRank(Display):
-    """A display that ends one rank's process, as the kernel would, when a step is recorded."""
+    """A display that ends one of two ranks' processes, as the kernel would, when a step is recorded."""
 
-    def __init__(self, at_step: int) -> None:
+    def __init__(self, at_step: int, index: int) -> None:
         self._at_step = at_step
+        self._index = index
         self.starts: list[int] = []
         self.controllers: list[int] = []
 
@@ -136,22 +137,25 @@ class KillRank(Display):
         if record["event"] == "step" and record["step"] == self._at_step and len(self.starts) == 1:
             ranks = [psutil.Process(pid) for pid in own_processes("ray::RayTrainWorker")]
             # Those of a run before this one may not be gone yet.
-            random.choice(sorted(ranks, key=psutil.Process.create_time)[-2:]).kill()
+            sorted(ranks, key=psutil.Process.create_time)[-2:][self._index].kill()
 
 
 def test_a_killed_rank_comes_back_and_the_weights_are_those_of_an_undisturbed_run(
     tree: dict[str, Any], pools: dict[str, Any], undisturbed: Config, tmp_path: Path
 ):
-    # A checkpoint each step: steps then last long enough for the driver to hear of one before the next is over.
-    config = named(tree, "killed", trainer={"max_failures": 1}, checkpoint={"every_steps": 1})
-    killer = KillRank(at_step=random.randint(1, 4))
-    assert run_job(config, pools=pools, display=killer).is_finished
-    assert len(killer.starts) == 2, "one rank was killed, once"
-    assert len(killer.controllers) == 1
-    assert not own_processes("ray::TrainController"), "it ends with its run, not with Ray"
-    assert killer.starts[1] < 6
-    assert losses(records_of(config)) == losses(records_of(undisturbed))
-    assert same_bits(weights(config, tmp_path / "killed"), weights(undisturbed, tmp_path / "undisturbed"))
+    config = named(tree, "killed", trainer={"max_failures": 1}, checkpoint={"every_steps": 3})
+    step, index = random.randint(1, 3), random.randrange(2)
+    drawn = f"rank process {index} of 2 killed at step {step}"
+    killer = KillRank(step, index)
+    assert run_job(config, pools=pools, display=killer).is_finished, drawn
+    assert len(killer.starts) == 2, f"{drawn}, once"
+    assert len(killer.controllers) == 1, drawn
+    assert not own_processes("ray::TrainController"), f"{drawn}; it ends with its run, not with Ray"
+    assert killer.starts[1] < 6, drawn
+    assert losses(records_of(config)) == losses(records_of(undisturbed)), drawn
+    assert same_bits(weights(config, tmp_path / "killed"), weights(undisturbed, tmp_path / "undisturbed")), (
+        drawn
+    )
 
 
 def test_a_run_that_no_longer_improves_ends_finished_with_samples_and_its_best_model(

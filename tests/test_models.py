@@ -21,6 +21,7 @@ from fusellm_ray.models import (
     build_on_meta,
     check_head,
     check_packing,
+    check_skeleton,
     check_structure,
     hidden_states,
     lm_head,
@@ -51,6 +52,17 @@ def test_an_architecture_that_caps_its_logits_is_refused_by_name(tmp_path):
     model = load(tiny_model("gemma2", 97, tmp_path))
     with pytest.raises(ModelError, match=r"Gemma2ForCausalLM.*soft-capping"):
         check_head(model)
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_the_head_is_checked_whatever_the_attention_which_stays(attention, tmp_path):
+    capped, plain = (load(tiny_model(name, 97, tmp_path / name)) for name in ("gemma2", "llama"))
+    for model in (capped, plain):
+        model.config._attn_implementation = attention
+    with pytest.raises(ModelError, match=r"Gemma2ForCausalLM.*soft-capping"):
+        check_head(capped)
+    check_head(plain)
+    assert [model.config._attn_implementation for model in (capped, plain)] == [attention] * 2
 
 
 def test_an_architecture_without_positions_is_refused_by_name(tmp_path):
@@ -131,6 +143,19 @@ def test_a_skeleton_takes_no_memory_and_has_the_same_parameters(tmp_path):
     assert {n: p.shape for n, p in skeleton.named_parameters()} == {
         n: p.shape for n, p in load(folder).named_parameters()
     }
+
+
+@pytest.mark.parametrize("architecture", SOUND)
+def test_a_skeleton_of_a_sound_architecture_passes(architecture, tmp_path):
+    check_skeleton(build_on_meta(ModelConfig(model=str(tiny_model(architecture, 97, tmp_path)))))
+
+
+def test_a_setting_that_the_architecture_does_not_know_is_no_ground_for_refusal(tmp_path):
+    config = tiny_model("llama", 97, tmp_path) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"logits_scaling": 8.0}))
+    model = load(tmp_path)
+    check_skeleton(model)
+    check_head(model)
 
 
 def test_an_attention_implementation_the_architecture_lacks_is_refused(tmp_path):

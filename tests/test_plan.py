@@ -13,8 +13,8 @@ import yaml
 
 from fusellm_ray.config import Config
 from fusellm_ray.config_file import parse_config
-from fusellm_ray.errors import ClusterError, ConfigError
-from fusellm_ray.plan import _target_memory, make_plan, require_resources, unused_gpus
+from fusellm_ray.errors import ClusterError, ConfigError, ModelError
+from fusellm_ray.plan import _target_memory, make_plan, preflight, require_resources, unused_gpus
 from tests.models import tiny_model
 from tests.runs import build_run, named
 
@@ -160,6 +160,21 @@ def test_check_refuses_adapters_of_modules_that_are_not_there(tree: dict[str, An
     target = tree["target"] | {"lora": {"target_modules": ["q_prj"]}}
     with pytest.raises(ConfigError, match="did you mean 'q_proj'"):
         make_plan(parse_config(tree | {"target": target}), with_cluster=False)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "says"),
+    [
+        ("bloom", "BloomForCausalLM: takes no position_ids"),
+        ("gemma2", r"Gemma2ForCausalLM: its config sets final_logit_softcapping=30\.0.*choose another"),
+    ],
+)
+def test_an_architecture_that_the_objective_cannot_train_is_refused_before_anything_starts(
+    tree: dict[str, Any], tmp_path: Path, architecture: str, says: str
+):
+    model = str(tiny_model(architecture, VOCAB, tmp_path))
+    with pytest.raises(ModelError, match=says):
+        preflight(named(tree, "unfit", target={"model": model}))
 
 
 # In another process: to import vllm takes ten seconds and leaves much behind.

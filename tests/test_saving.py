@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from fusellm_ray.config import TargetConfig
 from fusellm_ray.errors import CheckpointError
-from fusellm_ray.target.checkpoint import export_model, read_state
+from fusellm_ray.target.checkpoint import STATE_FILE, export_model, read_state
 from fusellm_ray.target.model import build_target, make_optimizer
 from fusellm_ray.target.saving import CheckpointWriter, publish_best
 from fusellm_ray.target.storage import Checkpoints
@@ -104,15 +104,47 @@ def test_of_the_best_models_the_last_one_is_kept_and_exported(model_folder, tmp_
     with pytest.raises(CheckpointError, match=r"no best model was kept; set checkpoint\.keep_best"):
         checkpoints.local_copy("best").__enter__()
     wanted, _ = run_ranks(2, keep_best_twice, model_folder, str(root))
-    assert [path.name for path in root.iterdir()] == ["best_00000002"]
+    assert [path.name for path in root.iterdir()] == ["best_00000002_1"]
     with checkpoints.local_copy("best") as directory:
         assert read_state(directory)["step"] == 2
         out = export_model(directory, TargetConfig(model=model_folder), tmp_path / "out")
     for name, parameter in AutoModelForCausalLM.from_pretrained(out).named_parameters():
         assert torch.equal(parameter, torch.tensor(wanted[name]))
     assert checkpoints.steps() == [], "a run does not resume from it"
-    for file in Path(root / "best_00000002").glob("*.safetensors"):
+    for file in Path(root / "best_00000002_1").glob("*.safetensors"):
         file.unlink()
         break
     with pytest.raises(CheckpointError, match="no best model"):
         checkpoints.local_copy("best").__enter__()
+
+
+def fail_to_keep_the_best_again(mesh, folder, root):
+    """The same step after a restart, its last file missing; then whole. What is there after each, complete or not."""
+    model, optimizer = training(mesh, folder)
+    group = dist.new_group(backend="gloo")
+    files = pyarrow.fs.LocalFileSystem()
+    there = []
+
+    def publish(directory, number):
+        publish_best(directory, number, files, root, group)
+        there.append(sorted(path.name for path in Path(root).iterdir()))
+
+    def fail(directory, number):
+        (directory / STATE_FILE).unlink()
+        with pytest.raises(FileNotFoundError):
+            publish(directory, number)
+        with Checkpoints(str(Path(root).parent), Path(root).name).local_copy("best") as best:
+            there.append((best.name, read_state(best)["step"]))
+
+    for report in (publish, fail, publish):
+        writer = CheckpointWriter(print, report_best=report)
+        writer.save(model, optimizer, {"step": 2}, is_due=False, is_best=True)
+        writer.wait()
+    return there
+
+
+def test_a_best_model_is_there_until_another_one_of_the_same_step_is_complete(model_folder, tmp_path):
+    ((first, best, last),) = run_ranks(1, fail_to_keep_the_best_again, model_folder, str(tmp_path / "run"))
+    assert first == ["best_00000002"]
+    assert best == ("best_00000002", 2)
+    assert last == ["best_00000002_2"]

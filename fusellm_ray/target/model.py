@@ -53,8 +53,7 @@ def build_target(config: TargetConfig, mesh: DeviceMesh) -> HeadedModel:
         causal_lm = load_quantised(config, mesh)
     elif mesh.get_rank() == 0:
         causal_lm = load_causal_lm(config, dtype=torch.float32, attention=config.attention)
-        if not config.attention.startswith("flash"):  # which runs on a GPU in half precision only
-            check_head(causal_lm)
+        check_head(causal_lm)
     else:
         causal_lm = build_on_meta(config, attention=config.attention)
     causal_lm.eval()

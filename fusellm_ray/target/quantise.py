@@ -41,8 +41,7 @@ def load_quantised(config: TargetConfig, mesh: DeviceMesh) -> PreTrainedModel:
         options={"quantization_config": quantisation, "device_map": {"": device}},
     )
     keep_trainable(causal_lm)
-    if not config.attention.startswith("flash"):
-        check_head(causal_lm)
+    check_head(causal_lm)
     return causal_lm
 
 

@@ -30,7 +30,7 @@ from fusellm_ray.errors import CheckpointError
 from fusellm_ray.models import HeadedModel
 from fusellm_ray.target.checkpoint import STATE_FILE, model_part, training_tensors, write_checkpoint
 from fusellm_ray.target.collectives import gather_json
-from fusellm_ray.target.storage import BEST_FOLDER, best_folder, step_folder
+from fusellm_ray.target.storage import best_folder, best_folders, step_folder
 
 Publish = Callable[[Path, int], None]
 """Bring one rank's files of a step from a folder to the run's storage; every rank calls it."""
@@ -141,13 +141,19 @@ def _report(directory: Path, step: int) -> None:
 def publish_best(
     directory: Path, step: int, filesystem: pyarrow.fs.FileSystem, root: str, group: dist.ProcessGroup
 ) -> None:
-    """Bring every rank's files to ROOT/best_STEP; state.json last, and only then is an earlier best removed."""
-    folder = f"{root}/{best_folder(step)}"
+    """Bring every rank's files to a new ROOT/best_STEP; state.json last, and only then are earlier ones removed.
+
+    Whatever lies there already may be the only complete best model, even of this step: it is not written over.
+    """
+    old: list[tuple[int, int]] = []
+    attempt = 0
     if dist.get_rank() == 0:
-        if filesystem.get_file_info(folder).type != pyarrow.fs.FileType.NotFound:
-            filesystem.delete_dir(folder)  # of an attempt that was killed
-        filesystem.create_dir(folder)
-    gather_json(None, group=group)
+        entries = filesystem.get_file_info(pyarrow.fs.FileSelector(root, allow_not_found=True))
+        old = best_folders(entry.base_name for entry in entries)
+        attempt = max((taken + 1 for of_step, taken in old if of_step == step), default=0)
+        filesystem.create_dir(f"{root}/{best_folder(step, attempt)}")
+    attempt = gather_json(attempt, group=group)[0]
+    folder = f"{root}/{best_folder(step, attempt)}"
     for path in sorted(directory.glob("*.safetensors")):
         pyarrow.fs.copy_files(str(path), f"{folder}/{path.name}", destination_filesystem=filesystem)
     gather_json(None, group=group)
@@ -155,6 +161,5 @@ def publish_best(
         pyarrow.fs.copy_files(
             str(directory / STATE_FILE), f"{folder}/{STATE_FILE}", destination_filesystem=filesystem
         )
-        for entry in filesystem.get_file_info(pyarrow.fs.FileSelector(root)):
-            if BEST_FOLDER.fullmatch(entry.base_name) and entry.base_name != best_folder(step):
-                filesystem.delete_dir(entry.path)
+        for earlier in old:
+            filesystem.delete_dir(f"{root}/{best_folder(*earlier)}")

@@ -1,7 +1,8 @@
 """Where a run's checkpoints lie: a folder, or an object store, as Ray Train writes it.
 
 STORAGE/NAME/step_00000200/{state.json, *.safetensors, …}
-STORAGE/NAME/best_00000150/   the same without the optimiser's state, where checkpoint.keep_best asks for it
+STORAGE/NAME/best_00000150/   the same without the optimiser's state, where checkpoint.keep_best asks for it;
+                              best_00000150_1 where a restart found that name taken
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from fusellm_ray.folders import absolute, below
 from fusellm_ray.target.checkpoint import STATE_FILE, require_format
 
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
-BEST_FOLDER = re.compile(r"best_(\d{8,})")
+BEST_FOLDER = re.compile(r"best_(\d{8,})(?:_(\d+))?")
 
 
 def step_folder(step: int) -> str:
@@ -29,9 +30,15 @@ def step_folder(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def best_folder(step: int) -> str:
-    """Name of the folder of the best model so far."""
-    return f"best_{step:08d}"
+def best_folder(step: int, attempt: int = 0) -> str:
+    """Name of the folder of the best model so far; `attempt` counts those of the same step before it."""
+    return f"best_{step:08d}" + (f"_{attempt}" if attempt else "")
+
+
+def best_folders(names: Iterable[str]) -> list[tuple[int, int]]:
+    """Step and attempt of the best models' folders among `names`, ascending: the last complete one counts."""
+    matches = (BEST_FOLDER.fullmatch(name) for name in names)
+    return sorted((int(match[1]), int(match[2] or 0)) for match in matches if match)
 
 
 class Checkpoints:
@@ -133,17 +140,18 @@ class Checkpoints:
         return steps[-1] if step is None else step
 
     def _best(self) -> str:
-        for step in reversed(self._folders(BEST_FOLDER)):
-            if self._complete_state(best_folder(step)) is not None:
-                return best_folder(step)
+        names = (entry.base_name for entry in self._entries(self._root))
+        for step, attempt in reversed(best_folders(names)):
+            if self._complete_state(name := best_folder(step, attempt)) is not None:
+                return name
         raise CheckpointError(
             f"{self.folder}: no best model was kept; set checkpoint.keep_best and evaluation.every_steps before "
             "training, or export a step"
         )
 
-    def _folders(self, pattern: re.Pattern[str] = STEP_FOLDER) -> list[int]:
+    def _folders(self) -> list[int]:
         """Steps that have a folder, ascending."""
-        matches = (pattern.fullmatch(entry.base_name) for entry in self._entries(self._root))
+        matches = (STEP_FOLDER.fullmatch(entry.base_name) for entry in self._entries(self._root))
         return sorted(int(match[1]) for match in matches if match)
 
     def _complete_state(self, name: str) -> dict[str, Any] | None:
