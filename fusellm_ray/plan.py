@@ -23,7 +23,7 @@ from fusellm_ray.config import Config, Resources, SimulatedEngine, TargetConfig,
 from fusellm_ray.corpus.rows import ShardReader
 from fusellm_ray.corpus.source import Corpus
 from fusellm_ray.corpus.tokens import ByteTokenizer
-from fusellm_ray.errors import CheckpointError, ClusterError, ConfigError, CorpusError
+from fusellm_ray.errors import CheckpointError, ClusterError, ConfigError, CorpusError, TokenizerError
 from fusellm_ray.models import ModelFacts, build_on_meta, check_skeleton, model_facts, weights_fingerprint
 from fusellm_ray.observe.sinks import require_packages
 from fusellm_ray.perplexity import held_out_documents
@@ -37,6 +37,9 @@ Node = Mapping[str, Any]
 
 SAMPLE_ROWS = 8
 """Rows of the corpus on which `check` measures alignment."""
+
+_RARE = "é漢ع🜁"
+"""Characters of several scripts: a tokenizer that cannot fall back on bytes lacks some."""
 
 _OPTIMISER_BYTES = 16
 """Bytes a trained parameter needs: float32 weight, gradient and two Adam moments."""
@@ -353,6 +356,18 @@ def _joined_nodes() -> list[Node]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
+def _unspelt(who: str, tokenizer: ByteTokenizer) -> list[str]:
+    """A run ends where it meets a character that has no token, which the sample may not hold."""
+    outcomes = zip(_RARE, tokenizer.encode_each(list(_RARE)), strict=True)
+    missing = [repr(char) for char, outcome in outcomes if isinstance(outcome, TokenizerError)]
+    if not missing:
+        return []
+    return [
+        f"{who}: its tokenizer has no token for {', '.join(missing)}, for instance; a document with such a character "
+        "ends the run: take them out of the corpus, or use a tokenizer with byte fallback"
+    ]
+
+
 def _this_machine() -> Node:
     """The node that a private Ray would have here, as `train` starts one without RAY_ADDRESS."""
     from ray._private.resource_and_label_spec import ResourceAndLabelSpec
@@ -376,10 +391,11 @@ def make_plan(config: Config, *, with_cluster: bool = True) -> Plan:
     corpus = Corpus.open(config.corpus, config.run.seed)
     reader = ShardReader(corpus, tokenizer, 0, config.training.batch_rows, config.corpus.row_tokens)
     segments = list(itertools.chain.from_iterable(reader.next_row().segments for _ in range(SAMPLE_ROWS)))
-    warnings = []
+    warnings = _unspelt("target", tokenizer)
     teachers = []
     for i, teacher in enumerate(config.active_teachers):
         facts, own_tokenizer = _checked_tokenizer(i, teacher, tokenizer)
+        warnings += _unspelt(f"teacher {teacher.name}", own_tokenizer)
         encodings = [own_tokenizer.sequence(s.text.decode(), s.ends_document) for s in segments]
         aligner = Aligner(own_tokenizer, tokenizer, config.alignment, teacher.top_k)
         shares = kind_shares(

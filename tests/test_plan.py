@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -175,6 +177,18 @@ def test_an_architecture_that_the_objective_cannot_train_is_refused_before_anyth
     model = str(tiny_model(architecture, VOCAB, tmp_path))
     with pytest.raises(ModelError, match=says):
         preflight(named(tree, "unfit", target={"model": model}))
+
+
+def test_check_warns_of_a_tokenizer_that_cannot_spell_every_text(tree: dict[str, Any], tmp_path: Path):
+    left, right = tree["teachers"]
+    folder = shutil.copytree(right["model"], tmp_path / "right")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["byte_fallback"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = named(tree | {"teachers": [left, right | {"model": str(folder)}]}, "unspelt")
+    (warning,) = make_plan(config, with_cluster=False).warnings
+    assert "teacher right: its tokenizer has no token for " in warning
+    assert "'🜁'" in warning
 
 
 # In another process: to import vllm takes ten seconds and leaves much behind.
