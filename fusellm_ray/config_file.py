@@ -205,7 +205,8 @@ def _explain(detail: Any, root: type[BaseModel]) -> str:
     if detail["type"] == "missing":
         return f"{where}: required, and not given"
     if detail["type"] == "union_tag_not_found":
-        near = difflib.get_close_matches("type", map(str, detail["input"]), n=1, cutoff=0.5)
+        unknown = set(map(str, detail["input"])).difference(_known_keys(detail["loc"], root))
+        near = difflib.get_close_matches("type", unknown, n=1, cutoff=0.5)
         meant = f"{near[0]!r} was probably meant for it" if near else "not given"
         return f"{where}.type: required, and {meant}; known types: {', '.join(_TAGS)}"
     if detail["type"] == "union_tag_invalid":

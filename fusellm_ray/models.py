@@ -38,6 +38,8 @@ _KEEP_FREED = {-3: 1 << 30, -1: (1 << 31) - 1}
 """glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes."""
 _SAMPLE_BYTES = 4096
 """Read of each tensor for a fingerprint of weights."""
+_SPECIAL = ("flash", "flex")
+"""How kinds of attention begin that do not run on every device and in every type."""
 _AFTER_HEAD = {
     "final_logit_softcapping": None,
     "logits_scaling": 1,
@@ -364,13 +366,17 @@ def check_structure(model: PreTrainedModel) -> None:
     check_packing(HeadedModel(model))
 
 
-def check_skeleton(model: PreTrainedModel) -> None:
+def check_skeleton(model: PreTrainedModel, attention: str = "sdpa") -> None:
     """Check what modules and config tell: nothing is computed, so the model may be on the meta device.
+
+    Args:
+        attention: what the loaded model will attend with.
 
     Raises:
         ModelError: `check_head` or `check_packing` would refuse the model once it is loaded.
     """
     _check_parts(model)
+    _check_exchange(model, attention)
     config = model.config.get_text_config()
     for key, neutral in _AFTER_HEAD.items():
         # Only an architecture that declares a setting obeys it.
@@ -457,21 +463,25 @@ def _probe(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def _portable_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Attend meanwhile without flash or flex attention, which do not run on every device and in every type."""
+    """Attend meanwhile with what runs everywhere."""
     own = _attention(model)
-    if not own.startswith(("flash", "flex")):
+    if not own.startswith(_SPECIAL):
         yield
         return
+    _check_exchange(model, own)
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-    if _attention(model) == own:
-        raise ModelError(
-            f"{type(model).__name__}: its attention {own!r} cannot be exchanged for the time of a check; "
-            "set target.attention to sdpa or eager"
-        )
     try:
         yield
     finally:
         model.config._attn_implementation = own
+
+
+def _check_exchange(model: PreTrainedModel, attention: str) -> None:
+    if attention.startswith(_SPECIAL) and not model._can_set_attn_implementation():
+        raise ModelError(
+            f"{type(model).__name__}: its LM head cannot be checked under target.attention={attention}, as this class "
+            "cannot change to another attention meanwhile; set target.attention to sdpa or eager"
+        )
 
 
 def _check_parts(model: PreTrainedModel) -> None:

@@ -89,7 +89,7 @@ def preflight(config: Config) -> dict[str, Any]:
     """
     require_packages(config.run.sinks)
     skeleton = build_on_meta(config.target)
-    check_skeleton(skeleton)
+    check_skeleton(skeleton, config.target.attention)
     target = model_facts(config.target)
     if config.corpus.row_tokens > target.max_context:
         raise ConfigError(
@@ -364,7 +364,7 @@ def _unspelt(who: str, tokenizer: ByteTokenizer) -> list[str]:
         return []
     return [
         f"{who}: its tokenizer has no token for {', '.join(missing)}, for instance; a document with such a character "
-        "ends the run: take them out of the corpus, or use a tokenizer with byte fallback"
+        "ends the run: take such characters out of the corpus, or use a tokenizer with byte fallback"
     ]
 
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,23 +103,29 @@ def same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> 
 
 class FaultyReplica:
     """Actor between ranks and a replica. To texts that were not `met` before it answers, in turn: with NaN in the
-    frame, with an engine's error, as it should. With `late_s` all answers are right, and the third is that late."""
+    frame, with an engine's error, as it should. With `pool` all answers are right, and the third comes only after
+    another replica's to the same text."""
 
-    def __init__(self, replica: Any, late_s: float, met: set[bytes]) -> None:
+    def __init__(self, replica: Any, met: set[bytes], pool: Any | None) -> None:
         self._replica = replica
-        self._late_s = late_s
         self._met = set(met)
+        self._pool = pool
         self.faults = {"nan": 0, "error": 0, "late": 0}
 
     async def score(self, request: NDArray[np.uint8], run: str = "", batch: int = 0) -> NDArray[np.uint8]:
         answer = await self._replica.score.remote(request, run, batch)
-        if request.tobytes() in self._met:
+        text = request.tobytes()
+        if text in self._met:
             return answer
-        self._met.add(request.tobytes())
+        self._met.add(text)
         number = len(self._met)
-        if self._late_s:
+        if self._pool is not None:
+            times = await self._pool.answered.remote(text)
             if number == 3:
-                await asyncio.sleep(self._late_s)
+                while times < 2:
+                    await asyncio.sleep(0.1)
+                    times = await self._pool.times.remote(text)
+                await asyncio.sleep(0.3)
                 self.faults["late"] += 1
         elif number % 3 == 1:
             self.faults["nan"] += 1
@@ -146,10 +153,11 @@ def with_nan(answer: NDArray[np.uint8]) -> NDArray[np.uint8]:
 class FaultyPool:
     """Actor between ranks and a supervisor: its table holds a `FaultyReplica` before each replica."""
 
-    def __init__(self, pool: Any, late_s: float = 0.0) -> None:
+    def __init__(self, pool: Any, *, is_late: bool = False) -> None:
         self._pool = pool
-        self._late_s = late_s
+        self._is_late = is_late
         self._replicas: dict[Any, Any] = {}
+        self._times: Counter[bytes] = Counter()
 
     async def table(self, teacher: str, waited_s: float = 0.0) -> HandleTable:
         return await self._wrapped(await self._pool.table.remote(teacher, waited_s))
@@ -162,11 +170,16 @@ class FaultyPool:
         return await self._pool.status.remote(teacher)
 
     async def counted(self) -> dict[str, int]:
-        """Faults by kind, and texts that more than one replica was asked for."""
         counts = [await replica.counted.remote() for replica in self._replicas.values()]
-        met = [await replica.met.remote() for replica in self._replicas.values()]
-        twice = sum(map(len, met)) - len(set().union(*met))
-        return {kind: sum(count[kind] for count in counts) for kind in counts[0]} | {"twice": twice}
+        return {kind: sum(count[kind] for count in counts) for kind in counts[0]}
+
+    async def answered(self, text: bytes) -> int:
+        """One more replica has an answer to this text."""
+        self._times[text] += 1
+        return self._times[text]
+
+    async def times(self, text: bytes) -> int:
+        return self._times[text]
 
     async def _wrapped(self, table: HandleTable) -> HandleTable:
         # A replica that comes later must not answer NaN to what had NaN before: the second time ends a run.
@@ -174,5 +187,6 @@ class FaultyPool:
         for handle in table.handles.values():
             if handle not in self._replicas:
                 actor = ray.remote(FaultyReplica).options(num_cpus=0)
-                self._replicas[handle] = actor.remote(handle, self._late_s, met)
+                own = ray.get_runtime_context().current_actor if self._is_late else None
+                self._replicas[handle] = actor.remote(handle, met, own)
         return HandleTable({n: self._replicas[h] for n, h in table.handles.items()})

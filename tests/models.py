@@ -23,6 +23,13 @@ ARCHITECTURES = {
     "gemma2": lambda vocab: transformers.Gemma2Config(vocab_size=vocab, **_GEMMA),
     "gpt_neox": lambda vocab: transformers.GPTNeoXConfig(vocab_size=vocab, intermediate_size=64, **_SMALL),
     "gpt2": lambda vocab: transformers.GPT2Config(vocab_size=vocab, **_GPT2),
+    "falcon": lambda vocab: transformers.FalconConfig(
+        vocab_size=vocab,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+    ),
     "bloom": lambda vocab: transformers.BloomConfig(vocab_size=vocab, hidden_size=32, n_layer=2, n_head=4),
 }
 

@@ -283,7 +283,8 @@ def test_a_misspelt_key_inside_a_tagged_union_is_explained_by_that_unions_keys()
     ("engine", "says"),
     [
         ({"typ": "vllm"}, "required, and 'typ' was probably meant for it"),
-        ({"seed": 1}, "required, and not given"),
+        ({"typ": "vllm", "dtype": "float32"}, "required, and 'typ' was probably meant for it"),
+        ({"dtype": "float32"}, "required, and not given"),
         ({}, "required, and not given"),
         ({"type": "vlm"}, "'vlm' is unknown"),
     ],

@@ -143,7 +143,14 @@ class KillRank(Display):
 def test_a_killed_rank_comes_back_and_the_weights_are_those_of_an_undisturbed_run(
     tree: dict[str, Any], pools: dict[str, Any], undisturbed: Config, tmp_path: Path
 ):
-    config = named(tree, "killed", trainer={"max_failures": 1}, checkpoint={"every_steps": 3})
+    # An evaluation each step: steps then last long enough for the driver to hear of one before the last is over.
+    config = named(
+        tree,
+        "killed",
+        trainer={"max_failures": 1},
+        checkpoint={"every_steps": 3},
+        evaluation={"sources": tree["corpus"]["sources"], "every_steps": 1, "max_bytes": 10_000},
+    )
     step, index = random.randint(1, 3), random.randrange(2)
     drawn = f"rank process {index} of 2 killed at step {step}"
     killer = KillRank(step, index)

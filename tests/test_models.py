@@ -65,6 +65,15 @@ def test_the_head_is_checked_whatever_the_attention_which_stays(attention, tmp_p
     assert [model.config._attn_implementation for model in (capped, plain)] == [attention] * 2
 
 
+def test_a_head_that_could_not_be_checked_under_its_attention_is_refused_before_loading(tmp_path):
+    skeleton = build_on_meta(ModelConfig(model=str(tiny_model("falcon", 97, tmp_path))))
+    check_skeleton(skeleton)
+    with pytest.raises(
+        ModelError, match=r"FalconForCausalLM.*target\.attention=flash_attention_2.*sdpa or eager"
+    ):
+        check_skeleton(skeleton, "flash_attention_2")
+
+
 def test_an_architecture_without_positions_is_refused_by_name(tmp_path):
     with pytest.raises(ModelError, match=r"BloomForCausalLM.*position_ids"):
         check_structure(load(tiny_model("bloom", 97, tmp_path)))

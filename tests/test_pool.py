@@ -261,7 +261,7 @@ def test_a_teacher_that_does_not_start_is_said_and_tried_on(
     async def run() -> None:
         pool = make_pool(1)
         replicas[0].failed_starts = 100
-        await until(lambda: pool._members[0].state == "refused")
+        await until(lambda: pool._members[0].is_failing)
         with pytest.raises(ClusterError, match=r"teacher t: \d+ attempts to start a replica failed"):
             await pool.status()
         await until(lambda: pool._members[0].state == "ready")
@@ -279,7 +279,7 @@ def test_one_replica_that_does_not_start_ends_nothing_while_another_loads(
         pool = make_pool(2)
         replicas[0].failed_starts = 10_000
         replicas[1].is_down = True
-        await until(lambda: pool._members[0].state == "refused")
+        await until(lambda: pool._members[0].is_failing)
         assert not (await pool.table()).handles
         replicas[1].is_down = False
         await until(lambda: pool._members[1].state == "ready")

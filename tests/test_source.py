@@ -112,9 +112,12 @@ def test_a_file_of_a_format_that_is_not_read_is_refused_unless_it_is_called_text
     content = b"id,body"
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-    says = f"{name}: .* is not read, only JSONL, Parquet and text; convert it .* or set format: text"
-    for path in (tmp_path, tmp_path / name):
+    for path, advice in (
+        (tmp_path, "a glob pattern that leaves it out"),
+        (tmp_path / name, "or set format: text"),
+    ):
         for streaming in (False, True):
+            says = f"{name}: .* is not read, only JSONL, Parquet and text; .*{advice}"
             fails(says, {"path": str(path), "streaming": streaming})
     corpus = opened({"path": str(tmp_path / name), "format": "text"})
     assert next(corpus.documents(0, 1)).text == "id,body"

@@ -85,10 +85,12 @@ def find_files(path: str, wanted: Literal["auto"] | FileFormat) -> tuple[tuple[F
     if wanted == "auto":
         for file in found:
             if (ending := _ending(file)) in _OTHER_ENDINGS:
-                raise CorpusError(
-                    f"{file}: {ending} is not read, only JSONL, Parquet and text; convert it to one of them, or set "
-                    "format: text to read it as it is"
+                advice = (
+                    "convert it to one of them, or set format: text to read it as it is"
+                    if len(found) == 1
+                    else "set format: jsonl or parquet, or give a glob pattern that leaves it out"
                 )
+                raise CorpusError(f"{file}: {ending} is not read, only JSONL, Parquet and text; {advice}")
         counts = Counter(map(_format_of, found))
         if len(counts) > 1:
             mixed = ", ".join(f"{count} {kind}" for kind, count in counts.items())

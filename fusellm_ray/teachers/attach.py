@@ -246,5 +246,6 @@ def _refuse_what_does_not_fit(config: Config, pools: dict[str, Any]) -> None:
             raise ConfigError(
                 f"stream.deadline_s={deadline_s:g}: the running teacher {teacher.name} restarts a replica that hangs "
                 f"after {status.hang_s:g} s, half of the deadline it was brought up with; the run would have ended "
-                "before. Give it a longer deadline, or take the teacher down and up again with this config"
+                f"before. Set stream.deadline_s above {status.hang_s:g}, or take the teacher down and up again with "
+                "this config"
             )

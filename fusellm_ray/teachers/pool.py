@@ -70,6 +70,8 @@ class _Member:
     state: Literal["starting", "ready", "draining", "refused"] = "starting"
     incarnation: str = ""
     has_had_place: bool = False
+    is_failing: bool = False
+    """Has failed to start several times in a row, of a teacher that was never up."""
     beat: Heartbeat | None = None
     """Its latest."""
     beat_at: float = 0.0
@@ -211,8 +213,9 @@ class TeacherPool:
             raise self._failure
 
     def _may_work(self, member: _Member) -> bool:
-        """Of a teacher that was never up, nobody waits for a place for one more."""
-        return member.state != "refused" and (member.has_had_place or self._description is not None)
+        """Of a teacher that was never up, nobody waits for what fails to start, or for a place for one more."""
+        was_up = self._description is not None
+        return member.state != "refused" and (was_up or (member.has_had_place and not member.is_failing))
 
     # ------------------------------------------------------------------------------------ tending
 
@@ -270,7 +273,7 @@ class TeacherPool:
                 )
                 if self._description is None and self._is_final(member, error, failed_starts):
                     return
-                await asyncio.sleep(min(2.0 ** (failed_starts - 1), _LONGEST_PAUSE_S))
+                await asyncio.sleep(min(2.0 ** min(failed_starts - 1, 10), _LONGEST_PAUSE_S))
                 if not isinstance(error, RayActorError):
                     ray.kill(
                         member.handle, no_restart=False
@@ -317,7 +320,7 @@ class TeacherPool:
                 f"teacher {self._teacher.name}: {failed_starts} attempts to start a replica failed, "
                 f"the last with: {error}"
             )
-            member.state = "refused"
+            member.is_failing = True
         return is_final
 
     def _accepts(self, member: _Member, description: Description) -> bool:
