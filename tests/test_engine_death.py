@@ -22,10 +22,12 @@ from fusellm_ray.job import run_job
 from fusellm_ray.plan import require_resources
 from fusellm_ray.stream.frame import decode_frame, encode_request
 from fusellm_ray.teachers.report import PoolStatus
+from fusellm_ray.teachers.service import wait_ready
 from tests.faults import Injector, kill, same_bits, weights
 from tests.head import Head
 from tests.runs import build_run, named
 from tests.test_cache import five_segments
+from tests.test_faults import PACE
 from tests.test_leash import is_gone
 from tests.test_stream import PATIENCE_S, Service
 from tests.tokenizers import VOCAB_SIZE, build
@@ -118,13 +120,17 @@ def test_a_killed_engine_core_changes_no_bit_of_a_run(
     tree = build_run(
         tmp_path,
         tokenizer_folders,
-        training={"steps": 12},
+        training={"steps": 18},
         stream={"deadline_s": PATIENCE_S, "in_flight_tokens": 256},
     )
     folder = build("llama", build_model("llama", tmp_path / "vllm", VOCAB_SIZE))
     # One text at a time: how sums are rounded may depend on what is scored together.
     engine = {"type": "vllm", "dtype": "float32", "max_num_batched_tokens": 256, "max_num_seqs": 1}
     tree["teachers"][0] |= {"model": str(folder), "engine": engine, "cache_bytes": 0}
+    tree["teachers"][1] |= {
+        "engine": PACE,
+        "cache_bytes": 0,
+    }  # steps last long enough for the kill to come between
     ran = {}
     with Service(parse_config(tree)) as service:
         first = engine_cores(service, "left")
@@ -134,6 +140,7 @@ def test_a_killed_engine_core_changes_no_bit_of_a_run(
             assert seen.faults == {}
             ran[name] = seen.losses, weights(config, tmp_path / name)
         assert ray.get(service.pools["left"].status.remote("left")).restarts == 1
+        wait_ready(service.pools, PATIENCE_S)
         assert not set(engine_cores(service, "left")) & set(first)
     (losses, trained), (same_losses, same_trained) = ran.values()
     assert losses == same_losses

@@ -372,8 +372,13 @@ def test_under_drop_batches_go_on_without_a_frozen_teacher_until_it_is_back(
     stream = real.stream(on_teacher_loss="drop", loss_deadline_s=8, in_flight_tokens=2000)
     joined = stream.join(itertools.cycle(asked))
     (replica,) = real.replicas("uni")
+    (handle,) = ray.get(real.pools["uni"].table.remote("uni")).handles.values()
     give_up = time.monotonic() + PATIENCE_S
     seen = [next(joined)]
+    while ray.get(
+        handle.heartbeat.remote()
+    ).queued_tokens:  # of two open batches the later may be answered first
+        time.sleep(0.05)
     os.kill(replica.pid, signal.SIGSTOP)
     try:
         while seen[-1][1][1] is not None:
