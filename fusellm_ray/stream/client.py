@@ -27,7 +27,7 @@ from fusellm_ray.config import StreamConfig
 from fusellm_ray.corpus.rows import Segment
 from fusellm_ray.errors import FrameError, FuseLLMError, TeacherLostError
 from fusellm_ray.stream.address import REFRESH_S, TeacherAddress
-from fusellm_ray.stream.failures import cause_of, summary_of
+from fusellm_ray.stream.failures import cannot_heal, cause_of, summary_of
 from fusellm_ray.stream.frame import answer_bytes, decode_frame, encode_request
 from fusellm_ray.stream.requests import Batch, Request, TeacherQueue, Traffic
 
@@ -306,7 +306,7 @@ class TeacherStream:
             if request.frame_errors > 1:  # of two processes: the first was restarted
                 where = f"{teacher}, batch {request.batch}, replica {replica}"
                 self._lost(teacher, "sends wrong frames", FrameError(f"{where}: {cause}; {_FRAME_ADVICE}"))
-        elif _cannot_heal(cause):
+        elif cannot_heal(cause):  # FrameErrors are counted, above
             raise cause
         elif isinstance(error, RayTaskError):
             request.wrong_since = request.wrong_since or self._now()
@@ -335,7 +335,7 @@ class TeacherStream:
             cause = cause_of(error)
             teacher.last_problem = f"its pool: {summary_of(cause)}"
             teacher.table_at = time.monotonic() + (REFRESH_S if teacher.is_lost else _BACKOFF_S[0])
-            if _cannot_heal(cause):
+            if cannot_heal(cause):
                 self._lost(teacher, "no replica can work", cause)
             return
         teacher.handles = dict(table.handles)
@@ -398,7 +398,7 @@ class TeacherStream:
             logger.error("%s is lost, going on without it: %s; %s", teacher, what, teacher.last_problem)
             self._drop(teacher)
             return
-        if cause is not None and _cannot_heal(cause):
+        if cause is not None and cannot_heal(cause):
             raise cause
         state = f"{len(teacher.handles)} replicas are up" if teacher.handles else "no replica is up"
         raise TeacherLostError(
@@ -428,8 +428,3 @@ class TeacherStream:
             teacher.load.clear()
             teacher.late.clear()
             teacher.table_ref = None
-
-
-def _cannot_heal(error: Exception) -> bool:
-    """Input that another replica would refuse as well; FrameErrors are counted apart."""
-    return isinstance(error, FuseLLMError) and isinstance(error, ValueError)

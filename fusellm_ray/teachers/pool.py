@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayError
 
 from fusellm_ray.config import AlignmentConfig, ModelConfig, TeacherConfig, TransformersEngine
 from fusellm_ray.errors import AlignmentError, ClusterError, EngineError, FuseLLMError
 from fusellm_ray.observe.metrics import PoolMetrics
 from fusellm_ray.stream.address import REFRESH_S, HandleTable
-from fusellm_ray.stream.failures import cause_of, summary_of
+from fusellm_ray.stream.failures import cannot_heal, cause_of, summary_of
 from fusellm_ray.teachers.identity import answer_settings, differences
 from fusellm_ray.teachers.replica import TeacherReplica
 from fusellm_ray.teachers.report import Description, Heartbeat, PoolStatus, ReplicaStats
@@ -70,8 +70,8 @@ class _Member:
     state: Literal["starting", "ready", "draining", "refused"] = "starting"
     incarnation: str = ""
     has_had_place: bool = False
-    is_failing: bool = False
-    """Has failed to start several times in a row, of a teacher that was never up."""
+    failed_starts: int = 0
+    """In a row."""
     beat: Heartbeat | None = None
     """Its latest."""
     beat_at: float = 0.0
@@ -84,6 +84,10 @@ class _Member:
     problem: str = ""
     tending: asyncio.Task[None] | None = None
     look: asyncio.Task[None] | None = None
+
+    @property
+    def is_failing(self) -> bool:
+        return self.failed_starts >= _MAX_FAILED_STARTS
 
     def note(self, beat: Heartbeat) -> None:
         now = time.monotonic()
@@ -258,12 +262,11 @@ class TeacherPool:
 
     async def _tend(self, member: _Member) -> None:
         """Bring a replica up, watch it, and bring it up again, for as long as the pool lives."""
-        failed_starts = 0
         while True:
             try:
                 description = await self._describe(member)
             except (RayError, FuseLLMError) as error:
-                failed_starts += 1
+                member.failed_starts += 1
                 member.problem = summary_of(cause_of(error))
                 logger.warning(
                     "teacher %s, replica %d does not start: %s",
@@ -271,9 +274,9 @@ class TeacherPool:
                     member.number,
                     member.problem,
                 )
-                if self._description is None and self._is_final(member, error, failed_starts):
+                if self._description is None and self._is_final(member, error):
                     return
-                await asyncio.sleep(min(2.0 ** min(failed_starts - 1, 10), _LONGEST_PAUSE_S))
+                await asyncio.sleep(min(2.0 ** min(member.failed_starts - 1, 10), _LONGEST_PAUSE_S))
                 if not isinstance(error, RayActorError):
                     ray.kill(
                         member.handle, no_restart=False
@@ -281,7 +284,7 @@ class TeacherPool:
                 elif isinstance(error, ActorDiedError):
                     member.handle = self._spawn(member.number)
                 continue
-            failed_starts = 0
+            member.failed_starts = 0
             if not self._accepts(member, description):
                 await asyncio.sleep(_REFUSED_S)
                 member.handle = self._spawn(member.number)
@@ -304,24 +307,23 @@ class TeacherPool:
         except TimeoutError:
             raise EngineError(f"not loaded within {self._load_s:.0f} s (run.start_timeout_s)") from None
 
-    def _is_final(self, member: _Member, error: Exception, failed_starts: int) -> bool:
+    def _is_final(self, member: _Member, error: Exception) -> bool:
         """Whether a teacher that was never up will never be; then `status` and `table` raise why.
 
         They also do while replicas only fail to start, which is tried on: it may pass.
         """
-        cause = getattr(error, "cause", None) if isinstance(error, RayTaskError) else None
-        is_final = isinstance(cause, FuseLLMError) and isinstance(cause, ValueError)
-        if is_final:
+        cause = cause_of(error)
+        if cannot_heal(cause):
             self._failure = cause
             for each in self._members.values():
                 each.state = "refused"
-        elif failed_starts >= _MAX_FAILED_STARTS:
+            return True
+        if member.is_failing:
             self._failure = ClusterError(
-                f"teacher {self._teacher.name}: {failed_starts} attempts to start a replica failed, "
+                f"teacher {self._teacher.name}: {member.failed_starts} attempts to start a replica failed, "
                 f"the last with: {error}"
             )
-            member.is_failing = True
-        return is_final
+        return False
 
     def _accepts(self, member: _Member, description: Description) -> bool:
         """Whether a replica is what the first one was, and gives its answers."""
