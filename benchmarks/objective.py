@@ -8,6 +8,10 @@ repeats in one process: on a GPU by events; on a CPU wall clock, but for one thr
 which is what the wall clock shows on an idle machine and leaves other processes out. Memory is measured once
 a way: on a CPU in a process of its own, as the growth of its peak resident set during the step (the
 kernel's high-water mark, reset before), less the head's gradient; on a GPU by the allocator's peak.
+
+As in the trainer, a GPU gets its teachers fused: a thread of the host fuses and copies the next batch during
+the step. So there a repeat is a row of steps, which takes as long as the slower of the two. On a CPU, fusing
+is part of the step.
 """
 
 from __future__ import annotations
@@ -19,6 +23,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -31,6 +38,8 @@ from fusellm_ray.fusion.loss import objective
 
 WAYS = ("fused", "clm", "dense")
 SEGMENT_TOKENS = 256
+STEPS_ON_GPU = 10
+"""In a row, for each timing."""
 SETTINGS = ("dtype", "threads", "repeats", "vocab_size", "hidden_size", "positions", "top_k", "chunk_tokens")
 
 
@@ -96,26 +105,29 @@ class Step:
         dtype = getattr(torch, args.dtype)
         self.weight = torch.randn(V, d, generator=rng).mul_(d**-0.5).to(args.device, dtype).requires_grad_()
         self.hidden = torch.randn(N, d, generator=rng).mul_(3).to(args.device, dtype).requires_grad_()
-        self.gold = torch.randint(V, (N,), generator=rng).to(args.device)
-        self.teachers = [
-            random_teacher(self.gold.cpu(), V, args.top_k, rng).to(args.device) for _ in range(2)
-        ]
-        self.gold_bytes = torch.randint(1, 9, (N,), generator=rng).to(args.device)
-        self.segment = (torch.arange(N) // SEGMENT_TOKENS).to(args.device)
+        gold = torch.randint(V, (N,), generator=rng)
+        self.gold = gold.to(args.device)
+        self.teachers = [random_teacher(gold, V, args.top_k, rng) for _ in range(2)]
+        self.gold_bytes = torch.randint(1, 9, (N,), generator=rng)
+        self.segment = torch.arange(N) // SEGMENT_TOKENS
         self.fusion = FusionConfig(rule=args.rule)
         self.objective = ObjectiveConfig(
             divergence=args.divergence, tail=args.tail, chunk_tokens=args.chunk_tokens
         )
 
-    def fused(self) -> None:
-        fused = fuse(
+        self.ahead = Ahead(self.fuse) if args.device == "cuda" else None
+
+    def fuse(self) -> Candidates:
+        return fuse(
             self.teachers,
             config=self.fusion,
             segment=self.segment,
             row=torch.zeros_like(self.segment),
             gold_bytes=self.gold_bytes,
         )
-        self._head(fused)
+
+    def fused(self) -> None:
+        self._head(self.fuse() if self.ahead is None else self.ahead.take())
 
     def clm(self) -> None:
         self._head(None)
@@ -136,6 +148,31 @@ class Step:
     @property
     def gradient_bytes(self) -> int:
         return self.weight.numel() * self.weight.element_size()
+
+
+class Ahead:
+    """The next fused batch, made and copied to the GPU by a thread while the one before is used."""
+
+    def __init__(self, make: Callable[[], Candidates]) -> None:
+        self._make = make
+        self._thread = ThreadPoolExecutor(1)
+        self._copies = torch.cuda.Stream()
+        self._next = self._thread.submit(self._prepare)
+
+    def take(self) -> Candidates:
+        batch, copied = self._next.result()
+        self._next = self._thread.submit(self._prepare)
+        torch.cuda.current_stream().wait_event(copied)
+        for field in fields(batch):
+            getattr(batch, field.name).record_stream(torch.cuda.current_stream())
+        return batch
+
+    def _prepare(self) -> tuple[Candidates, torch.cuda.Event]:
+        fused = self._make()
+        with torch.cuda.stream(self._copies):
+            parts = (getattr(fused, field.name).pin_memory() for field in fields(Candidates))
+            batch = Candidates(*(part.to("cuda", non_blocking=True) for part in parts))
+            return batch, self._copies.record_event()
 
 
 def random_teacher(gold: Tensor, vocab_size: int, top_k: int, rng: torch.Generator) -> Candidates:
@@ -176,10 +213,11 @@ def timed(step: Step, way: str, device: str) -> dict[str, float]:
         return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
-    step.run(way)
+    for _ in range(STEPS_ON_GPU):
+        step.run(way)
     end.record()
     torch.cuda.synchronize()
-    return {"cuda events": begin.elapsed_time(end) / 1e3}
+    return {"cuda events": begin.elapsed_time(end) / 1e3 / STEPS_ON_GPU}
 
 
 def warm_up(args: argparse.Namespace) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fusellm_ray.config import ObjectiveConfig
-from fusellm_ray.fusion import passes
-from fusellm_ray.fusion.loss import objective
+from fusellm_ray.fusion import divergence, passes
+from fusellm_ray.fusion.loss import IGNORE_INDEX, objective
 from tests.test_loss import DIVERGENCES, TAILS, gradients, make_batch, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -17,14 +17,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(autouse=True)
 def _kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes, "has_kernels", lambda logits: logits.dtype != torch.float64)
+    for module in (passes, divergence):
+        monkeypatch.setattr(module, "has_kernels", lambda logits: logits.dtype != torch.float64)
 
 
 @pytest.mark.parametrize("vocab_size", [37, 9001])
-@pytest.mark.parametrize(("divergence", "tail"), itertools.product(DIVERGENCES, TAILS))
-def test_the_objective_with_kernels_equals_the_dense_reference(divergence: str, tail: str, vocab_size: int):
+@pytest.mark.parametrize(("kind", "tail"), itertools.product(DIVERGENCES, TAILS))
+def test_the_objective_with_kernels_equals_the_dense_reference(kind: str, tail: str, vocab_size: int):
     *inputs, gold, fused = make_batch(30, seed=3, vocab_size=vocab_size)
-    config = ObjectiveConfig(clm_weight=0.3, divergence=divergence, tail=tail, chunk_tokens=7)
+    config = ObjectiveConfig(clm_weight=0.3, divergence=kind, tail=tail, chunk_tokens=7)
     expected = reference(*inputs, gold, fused, config, 11.0)
     narrow = [tensor.detach().float().to(DEVICE).requires_grad_() for tensor in inputs]
     ours = objective(
@@ -33,6 +34,62 @@ def test_the_objective_with_kernels_equals_the_dense_reference(divergence: str, 
     torch.testing.assert_close(ours.cpu().double(), expected, rtol=1e-5, atol=1e-5)
     for mine, theirs in zip(gradients(ours, *narrow), gradients(expected, *inputs), strict=True):
         torch.testing.assert_close(mine.cpu().double(), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_without_teachers_it_is_cross_entropy():
+    hidden, weight, _, gold, _ = make_batch(30, seed=4, vocab_size=9001)
+    narrow = [x.detach().float().to(DEVICE).requires_grad_() for x in (hidden, weight)]
+    ours = objective(
+        *narrow, None, gold.to(DEVICE), None, config=ObjectiveConfig(chunk_tokens=7), denominator=30.0
+    ).loss
+    expected = (
+        torch.nn.functional.cross_entropy(hidden @ weight.T, gold, ignore_index=IGNORE_INDEX, reduction="sum")
+        / 30
+    )
+    torch.testing.assert_close(ours.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(gradients(ours, *narrow), gradients(expected, hidden, weight), strict=True):
+        torch.testing.assert_close(mine.cpu().double(), theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_in_bfloat16_the_objective_with_kernels_stays_near_the_reference(gate: bool):
+    hidden, weight, _, gold, fused = make_batch(60, seed=13, vocab_size=9001)
+    narrow = [x.detach().bfloat16().to(DEVICE).requires_grad_() for x in (hidden, weight)]
+    exact = [x.detach().double().cpu().requires_grad_() for x in narrow]
+    segment = torch.arange(60) // 7 if gate else None
+    config = ObjectiveConfig(clm_weight=0.5, chunk_tokens=16)
+
+    def run(inputs, device):
+        here = None if segment is None else segment.to(device)
+        return objective(
+            *inputs,
+            None,
+            gold.to(device),
+            fused.to(device),
+            config=config,
+            denominator=60.0,
+            gate_segment=here,
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes, "has_kernels", lambda logits: False)
+        patch.setattr(divergence, "has_kernels", lambda logits: False)
+        expected = run(exact, "cpu")
+    ours = run(narrow, DEVICE)
+    assert ours.listened.any()
+    assert torch.equal(ours.listened.cpu(), expected.listened)
+    torch.testing.assert_close(ours.loss.cpu().double(), expected.loss, rtol=5e-3, atol=0.0)
+    for mine, theirs in zip(gradients(ours.loss, *narrow), gradients(expected.loss, *exact), strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert (mine.cpu().double() - theirs).norm() / theirs.norm() < 0.01
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+def test_gradients_are_scaled_by_what_is_upstream(factor: float):
+    values = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    scaled = values.clone()
+    passes.scale_(scaled, torch.tensor(factor, device=DEVICE))
+    assert torch.equal(scaled, values * factor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -49,8 +106,10 @@ def test_passes_with_kernels_equal_those_of_pytorch(dtype: torch.dtype):
     top = logits.double().amax(1)
     expected = (logits.double() - top[:, None]).exp() * kept
 
+    in_slots = logits.gather(1, slots)
     written = logits.to(DEVICE)
-    got_top, got_mass = passes.outside_mass(written, slots.to(DEVICE))
+    gathered, got_top, got_mass = passes.outside_mass(written, slots.to(DEVICE))
+    assert torch.equal(gathered.cpu(), in_slots)
     passes.spread(written, got_top, factor.to(DEVICE))
     assert torch.equal(got_top.cpu().double(), top)
     torch.testing.assert_close(got_mass.cpu().double(), expected.sum(1), rtol=1e-5, atol=1e-30)
@@ -62,6 +121,6 @@ def test_passes_with_kernels_equal_those_of_pytorch(dtype: torch.dtype):
 
 def test_all_of_the_vocabulary_in_slots_leaves_nothing_outside():
     logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    top, mass = passes.outside_mass(logits, torch.arange(4, device=DEVICE).expand(3, -1))
+    _, top, mass = passes.outside_mass(logits, torch.arange(4, device=DEVICE).expand(3, -1))
     passes.spread(logits, top, torch.ones(3, device=DEVICE))
     assert (top.isfinite().all(), mass.sum(), logits.sum()) == (True, 0, 0)

@@ -15,6 +15,9 @@ ARCHITECTURES = {
     "llama_tied": lambda vocab: transformers.LlamaConfig(
         vocab_size=vocab, tie_word_embeddings=True, **_GATED
     ),
+    "llama_wide": lambda vocab: transformers.LlamaConfig(
+        vocab_size=vocab, **_GATED | {"num_attention_heads": 2, "num_key_value_heads": 1}
+    ),
     "qwen2": lambda vocab: transformers.Qwen2Config(vocab_size=vocab, tie_word_embeddings=True, **_GATED),
     "mistral": lambda vocab: transformers.MistralConfig(vocab_size=vocab, sliding_window=8, **_GATED),
     "gemma3": lambda vocab: transformers.Gemma3TextConfig(

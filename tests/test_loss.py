@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from fusellm_ray.config import ObjectiveConfig
 from fusellm_ray.errors import AlignmentError
 from fusellm_ray.fusion.fuse import Candidates
-from fusellm_ray.fusion.loss import IGNORE_INDEX, ObjectiveOutput, objective
+from fusellm_ray.fusion.loss import IGNORE_INDEX, ObjectiveOutput, _WeightGradient, objective
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 TAILS = ("bucket", "renormalise", "drop")
@@ -53,7 +54,7 @@ def truncate(full: Tensor, gold: Tensor, top_k: int) -> Candidates:
     )
 
 
-def reference(hidden, weight, bias, gold, fused, config, denominator, clm_only=None) -> Tensor:
+def reference(hidden, weight, bias, gold, fused, config, denominator) -> Tensor:
     """Section 7, position by position, through full logits and autograd."""
     total = hidden.new_zeros(())
     for i in range(len(gold)):
@@ -61,7 +62,7 @@ def reference(hidden, weight, bias, gold, fused, config, denominator, clm_only=N
             continue
         log_q = (weight @ hidden[i] + (0 if bias is None else bias)).log_softmax(0)
         clm = -log_q[gold[i]]
-        if not fused.valid[i] or (clm_only is not None and clm_only[i]):
+        if not fused.valid[i]:
             total = total + clm
             continue
         known = {
@@ -239,16 +240,6 @@ def test_ignored_positions_get_no_gradient_and_may_hold_anything():
     assert not grads[0][ignored].any()
 
 
-def test_clm_only_positions_are_cross_entropy_with_weight_one():
-    *inputs, gold, fused = make_batch(30, seed=8)
-    closed = torch.arange(30) % 3 == 0
-    config = ObjectiveConfig(clm_weight=0.1)
-    output = objective(*inputs, gold, fused, config=config, denominator=30.0, clm_only=closed)
-    torch.testing.assert_close(output.loss, reference(*inputs, gold, fused, config, 30.0, closed))
-    assert not (output.listened & closed).any()
-    torch.testing.assert_close(output.listened, fused.valid & ~closed & (gold != IGNORE_INDEX))
-
-
 def test_a_frozen_head_gets_no_gradient_and_hidden_gets_the_same():
     hidden, weight, _, gold, fused = make_batch(12, seed=9)
     trained = objective(hidden, weight, None, gold, fused, config=ObjectiveConfig(), denominator=12.0).loss
@@ -319,6 +310,22 @@ def test_a_float32_head_under_bfloat16_hidden_states_keeps_float32_gradients():
     )
     assert mine.dtype == torch.float32
     assert (mine.double() - theirs).norm() / theirs.norm() < 0.01
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 37, 40_001])
+def test_a_narrow_heads_gradient_is_the_float32_sum_rounded_once_and_takes_no_more_room(vocab_size: int):
+    rng = torch.Generator().manual_seed(0)
+    weight = torch.zeros(vocab_size, 3, dtype=torch.bfloat16)
+    chunks = [(torch.randn(4, vocab_size, generator=rng), torch.randn(4, 3, generator=rng)) for _ in range(3)]
+    wide = _WeightGradient(weight.float(), torch.float32)
+    narrow = _WeightGradient(weight, torch.float32)
+    for left, right in chunks:
+        wide.add(left, right, 0.1)
+        narrow.add(left, right, 0.1)
+    gradient = narrow.finish()
+    assert (gradient.dtype, gradient.shape) == (weight.dtype, weight.shape)
+    assert torch.equal(gradient, wide.finish().bfloat16())
+    assert gradient.untyped_storage().nbytes() <= 2 * 3 * (vocab_size + 1)
 
 
 # ------------------------------------------------------------------------------------ numerics
@@ -439,7 +446,8 @@ def test_the_live_gate_closes_on_segments_where_the_target_is_better(chunk_token
     assert not closed.all()
     config = ObjectiveConfig(clm_weight=0.1, chunk_tokens=chunk_tokens)
     gated = objective(*inputs, gold, fused, config=config, denominator=60.0, gate_segment=segment)
-    masked = objective(*inputs, gold, fused, config=config, denominator=60.0, clm_only=closed)
+    masked_out = replace(fused, valid=fused.valid & ~closed)
+    masked = objective(*inputs, gold, masked_out, config=config, denominator=60.0)
     torch.testing.assert_close(gated.loss, masked.loss)
     torch.testing.assert_close(gated.listened, masked.listened)
     torch.testing.assert_close(gated.fusion, masked.fusion)

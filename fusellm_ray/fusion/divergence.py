@@ -8,7 +8,7 @@ factor a position. So every divergence and every tail makes the same passes over
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fusellm_ray.config import ObjectiveConfig
 from fusellm_ray.fusion.fuse import Candidates
-from fusellm_ray.fusion.passes import outside_mass, spread
+from fusellm_ray.fusion.passes import has_kernels, outside_mass, spread
 
 _LEAST_MASS = 1e-30
 """Target mass outside the candidates is taken as no less: it underflows there, and its logarithm must not."""
@@ -28,8 +28,6 @@ _LEAST_TEACHER_MASS = 1e-7
 class Batch:
     """The n positions that have gold: what the loss compares the target with."""
 
-    position: Tensor
-    """int64 [n], into the N of the caller"""
     gold: Tensor
     """int64 [n]"""
     slots: Tensor
@@ -46,31 +44,32 @@ class Batch:
     @classmethod
     def of(
         cls,
-        position: Tensor,
         gold: Tensor,
         fused: Candidates | None,
-        clm_only: Tensor | None,
         gate_segment: Tensor | None,
+        position: Tensor | None,
     ) -> Batch:
-        gold = gold[position]
+        """At `position`, int64 [n], of the N given; None: at all of them."""
+
+        def here(values: Tensor) -> Tensor:
+            return values if position is None else values[position]
+
+        gold = here(gold)
         if fused is None:
             nothing = torch.full((len(gold), 1), -torch.inf, device=gold.device)
             listened = torch.zeros(len(gold), dtype=torch.bool, device=gold.device)
-            return cls(position, gold, gold[:, None], nothing, nothing[:, 0], listened, None)
-        log_p = torch.cat([fused.gold[:, None], fused.logprobs], dim=1)[position].float()
-        listened = fused.valid[position] & log_p.isfinite().any(1)
-        if clm_only is not None:
-            listened &= ~clm_only[position]
+            return cls(gold, gold[:, None], nothing, nothing[:, 0], listened, None)
+        log_p = torch.cat([here(fused.gold)[:, None], here(fused.logprobs)], dim=1).float()
+        listened = here(fused.valid) & log_p.isfinite().any(1)
         log_p = log_p.masked_fill(~listened[:, None], -torch.inf)
-        residual = fused.residual[position].float().masked_fill(~listened, -torch.inf)
-        slots = torch.cat([gold[:, None], fused.ids[position]], dim=1)
+        residual = here(fused.residual).float().masked_fill(~listened, -torch.inf)
+        slots = torch.cat([gold[:, None], here(fused.ids)], dim=1)
         slots = torch.where(log_p.isfinite(), slots, gold[:, None])
-        segment = None if gate_segment is None else gate_segment[position]
-        return cls(position, gold, slots, log_p, residual, listened, segment)
+        segment = None if gate_segment is None else here(gate_segment)
+        return cls(gold, slots, log_p, residual, listened, segment)
 
     def __getitem__(self, part: slice) -> Batch:
         return Batch(
-            position=self.position[part],
             gold=self.gold[part],
             slots=self.slots[part],
             log_p=self.log_p[part],
@@ -88,29 +87,58 @@ def differentiate(logits: Tensor, chunk: Batch, config: ObjectiveConfig) -> tupl
 
     All that lies between the head's products is here. Only `fusion.passes` touches all V entries.
     """
-    inside = chunk.log_p.isfinite()
-    gathered = logits.gather(1, chunk.slots).to(torch.promote_types(logits.dtype, torch.float32))
-    top, outside = outside_mass(logits, chunk.slots)
-    # Masses relative to exp(top). Summing what is outside, not subtracting what is inside from 1, keeps a
-    # confident target's tail, and with it its gradient, accurate.
-    masses = (gathered - top[:, None]).exp()
-    gold_outside = masses[:, 0].masked_fill(inside[:, 0], 0.0)
-    tail = outside + gold_outside
-    total = tail + masses.masked_fill(~inside, 0.0).sum(1)
-    log_total = top + total.log()
-    log_q = gathered - log_total[:, None]
-    clm = -log_q[:, 0]
-
-    log_tail = (tail / total).clamp(min=_LEAST_MASS).log()
-    fusion, slope, tail_slope = _divergence(chunk, log_q, log_tail, inside, logits.shape[1], config)
-    listened = chunk.listened
+    gathered, top, outside = outside_mass(logits, chunk.slots)
     if chunk.segment is not None:
-        listened = listened & ~is_overtaken(clm, chunk)
-    fusion = torch.where(listened, fusion, 0.0)
+        _, total = _masses(gathered, top, outside, chunk)
+        clm = top + total.log() - gathered[:, 0]
+        chunk = replace(chunk, listened=chunk.listened & ~is_overtaken(clm, chunk))
+    compare = _compare_in_one if has_kernels(logits) else _compare_slots
+    clm, fusion, values, factor = compare(gathered, top, outside, chunk, logits.shape[1], config)
+    spread(logits, top, factor)
+    logits.scatter_(1, chunk.slots, values)
+    return clm, fusion, chunk.listened
+
+
+def _compare_in_one(
+    gathered: Tensor, top: Tensor, outside: Tensor, chunk: Batch, vocab_size: int, config: ObjectiveConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_compare_slots` as a kernel."""
+    from fusellm_ray.fusion import kernels
+
+    return kernels.compare(
+        gathered,
+        top,
+        outside,
+        chunk.log_p,
+        chunk.residual,
+        chunk.listened,
+        divergence=config.divergence,
+        tail=config.tail,
+        clm_weight=config.clm_weight,
+        vocab_size=vocab_size,
+        least_mass=_LEAST_MASS,
+        least_teacher_mass=_LEAST_TEACHER_MASS,
+    )
+
+
+def _compare_slots(
+    gathered: Tensor, top: Tensor, outside: Tensor, chunk: Batch, vocab_size: int, config: ObjectiveConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the slots, and the mass outside of them, say of each position; after `passes.outside_mass`.
+
+    Returns:
+        (clm [C], fusion [C], the gradient by the slots' logits [C, 1 + k], and the factor [C] by which
+        exp(logits − top) becomes the gradient outside of them)
+    """
+    inside = chunk.log_p.isfinite()
+    tail, total = _masses(gathered, top, outside, chunk)
+    log_q = gathered - (top + total.log())[:, None]
+    log_tail = (tail / total).clamp(min=_LEAST_MASS).log()
+    fusion, slope, tail_slope = _divergence(chunk, log_q, log_tail, inside, vocab_size, config)
 
     # d log q_u / dz_v = [u = v] − q_v, and log of the tail's mass: [v outside] q_v / tail − q_v.
     q = log_q.exp()
-    share = listened.to(q.dtype) * (1.0 - config.clm_weight)
+    share = chunk.listened.to(q.dtype) * (1.0 - config.clm_weight)
     dense = (1.0 - share) - share * (slope.sum(1) + tail_slope)
     sparse = dense + share * (tail_slope / log_tail.exp())
     values = q * dense[:, None] + share[:, None] * slope
@@ -118,9 +146,19 @@ def differentiate(logits: Tensor, chunk: Batch, config: ObjectiveConfig) -> tupl
     # Unused slots repeat gold, so whichever of the equal indices is written last, it writes the same.
     values = torch.where(inside, values, at_gold[:, None])
     values[:, 0] = at_gold
-    spread(logits, top, sparse / total)
-    logits.scatter_(1, chunk.slots, values.to(logits.dtype))
-    return clm, fusion, listened
+    return -log_q[:, 0], torch.where(chunk.listened, fusion, 0.0), values, sparse / total
+
+
+def _masses(gathered: Tensor, top: Tensor, outside: Tensor, chunk: Batch) -> tuple[Tensor, Tensor]:
+    """Mass outside the support and in all, both [C], relative to exp(top).
+
+    Summing what is outside, not subtracting what is inside from 1, keeps a confident target's tail, and with
+    it its gradient, accurate.
+    """
+    inside = chunk.log_p.isfinite()
+    masses = (gathered - top[:, None]).exp()
+    tail = outside + masses[:, 0].masked_fill(inside[:, 0], 0.0)
+    return tail, tail + masses.masked_fill(~inside, 0.0).sum(1)
 
 
 def _divergence(

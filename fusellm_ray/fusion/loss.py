@@ -26,7 +26,7 @@ from fusellm_ray.fusion.fuse import Candidates
 IGNORE_INDEX = -100
 
 _HEAD_BLOCK = 16384
-"""Rows of the head's gradient that are made at once where it must be cast before it is added up."""
+"""Rows of the head's gradient that are made at once where they must be cast."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,6 @@ def objective(
     *,
     config: ObjectiveConfig,
     denominator: float,
-    clm_only: Tensor | None = None,
     gate_segment: Tensor | None = None,
 ) -> ObjectiveOutput:
     """The loss of a batch of positions, with its gradients for hidden states and head already computed.
@@ -80,7 +79,6 @@ def objective(
         fused: distributions at the same N positions; None for CLM alone.
         denominator: positions with gold over all ranks and micro-batches of the step, so that splitting a
             batch differently changes nothing.
-        clm_only: bool [N], where not to listen to the teachers.
         gate_segment: int [N]; if given, the live gate: all positions of a segment on which the target's own
             cross-entropy is lower than the fused distribution's (over the gold tokens both know) become CLM
             only. Free where a segment fits into `config.chunk_tokens`, as chunks then end on segment borders;
@@ -90,13 +88,16 @@ def objective(
         AlignmentError: shapes that do not belong together, or token ids outside the head's vocabulary.
     """
     assert denominator > 0, "the step's number of positions with gold"
-    _check(hidden, head_weight, gold, fused)
-    position = (gold != IGNORE_INDEX).nonzero().squeeze(1)
+    _check_shapes(hidden, head_weight, gold, fused)
+    num_gold = _check_ids(gold, fused, len(head_weight))
+    position = None if num_gold == len(gold) else (gold != IGNORE_INDEX).nonzero().squeeze(1)
     if gate_segment is not None and fused is not None:
-        position = position[gate_segment[position].argsort(stable=True)]
-    batch = Batch.of(position, gold, fused, clm_only, gate_segment)
+        here = gate_segment if position is None else gate_segment[position]
+        order = here.argsort(stable=True)
+        position = order if position is None else position[order]
+    batch = Batch.of(gold, fused, gate_segment, position)
     loss, clm, fusion, listened = _HeadObjective.apply(
-        hidden, head_weight, head_bias, batch, config, 1.0 / denominator, torch.is_grad_enabled()
+        hidden, head_weight, head_bias, batch, position, config, 1.0 / denominator, torch.is_grad_enabled()
     )
     return ObjectiveOutput(loss, clm, fusion, listened)
 
@@ -111,21 +112,30 @@ class _HeadObjective(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         batch: Batch,
+        position: Tensor | None,
         config: ObjectiveConfig,
         scale: float,
         needs_gradients: bool,
     ) -> tuple[Tensor, ...]:
         wanted = [needs_gradients and needed for needed in ctx.needs_input_grad[:3]]
+        rows = hidden if position is None else hidden[position]
         with torch.autocast(hidden.device.type, enabled=False):
-            total, parts, gradients = _differentiate_all(hidden, weight, bias, batch, config, scale, wanted)
-        # Chunks' buffers are gone by here: a cast of the head's gradient needs as much again.
-        ctx.gradients = tuple(
-            gradient if gradient is None or like is None else gradient.to(like.dtype)
-            for gradient, like in zip(gradients, (hidden, weight, bias), strict=True)
-        )
+            (clm, fusion, listened), sums = _differentiate_all(
+                rows, weight, bias, batch, config, scale, wanted
+            )
+        # Chunks' buffers are gone by here, and make room.
+        grad_hidden = None if sums.rows is None else sums.rows.mul_(scale)
+        grad_weight = None if sums.weight is None else sums.weight.finish()
+        grad_bias = None if sums.bias is None or bias is None else sums.bias.to(bias.dtype)
+        total = _weighted(clm, fusion, listened, config).sum(dtype=torch.float64)
+        loss = (total * scale).to(clm.dtype)
+        if position is not None:
+            clm, fusion, listened = (_placed(part, position, len(hidden)) for part in (clm, fusion, listened))
+            grad_hidden = None if grad_hidden is None else _placed(grad_hidden, position, len(hidden))
+        ctx.gradients = (grad_hidden, grad_weight, grad_bias)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*parts)
-        return total, *parts
+        ctx.mark_non_differentiable(clm, fusion, listened)
+        return loss, clm, fusion, listened
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -136,56 +146,56 @@ class _HeadObjective(torch.autograd.Function):
             )
         grad_loss = grads[0]
         if grad_loss is None:
-            return (None,) * 7
-        # Asking the value would make a GPU wait; there, scaling is cheap.
-        if grad_loss.is_cuda or grad_loss.item() != 1.0:
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.mul_(grad_loss)
-        return (*gradients, None, None, None, None)
+            return (None,) * 8
+        for gradient in gradients:
+            if gradient is not None:
+                passes.scale_(gradient, grad_loss)
+        return (*gradients, None, None, None, None, None)
 
 
 def _differentiate_all(
-    hidden: Tensor,
+    rows: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     batch: Batch,
     config: ObjectiveConfig,
     scale: float,
     wanted: Sequence[bool],
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """(loss, (clm, fusion, listened), `wanted` gradients of hidden, weight and bias), chunk by chunk.
-
-    The head's gradients are in the type they are summed in.
-    """
+) -> tuple[tuple[Tensor, Tensor, Tensor], _Sums]:
+    """((clm, fusion, listened), what was added up for the `wanted` of rows, weight and bias), chunk by chunk."""
     plan = _plan(batch, config.chunk_tokens)
     largest = max((piece.stop - piece.start for pieces in plan for piece in pieces), default=0)
-    head = _Head(hidden, weight, bias, largest)
-    for_hidden, for_weight, for_bias = wanted
-    grad_hidden = torch.zeros_like(hidden) if for_hidden else None
-    grad_weight = weight.new_empty(weight.shape, dtype=head.dtype) if for_weight else None
-    grad_bias = weight.new_zeros(len(weight), dtype=head.dtype) if for_bias else None
-    clm, fusion = (hidden.new_zeros(len(hidden), dtype=head.dtype) for _ in range(2))
-    listened = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
-    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    is_first = True
-    for chunk in _chunks(batch, plan, hidden, head):
-        rows = hidden[chunk.position]
-        logits = head.logits(rows)
-        parts = differentiate(logits, chunk, config)
-        clm[chunk.position], fusion[chunk.position], listened[chunk.position] = parts
-        total += _weighted(*parts, config).sum(dtype=torch.float64)
+    head = _Head(rows, weight, bias, largest)
+    for_rows, for_weight, for_bias = wanted
+    sums = _Sums(
+        rows=torch.empty_like(rows) if for_rows else None,
+        weight=_WeightGradient(weight, head.dtype) if for_weight else None,
+        bias=weight.new_zeros(len(weight), dtype=head.dtype) if for_bias else None,
+    )
+    clm, fusion = (rows.new_empty(len(rows), dtype=head.dtype) for _ in range(2))
+    listened = torch.empty_like(batch.listened)
+    for piece, chunk in _chunks(batch, plan, rows, head):
+        logits = head.logits(rows[piece])
+        clm[piece], fusion[piece], listened[piece] = differentiate(logits, chunk, config)
         gradient = head.operand(logits)
-        if grad_hidden is not None:
-            grad_hidden[chunk.position] = (gradient @ head.weight).mul_(scale)
-        if grad_weight is not None:
-            _add_product(grad_weight, gradient.t(), rows, scale, overwrite=is_first)
-        if grad_bias is not None:
-            grad_bias.add_(logits.sum(0), alpha=scale)
-        is_first = False
-    if grad_weight is not None and is_first:
-        grad_weight.zero_()
-    return (total * scale).to(head.dtype), (clm, fusion, listened), (grad_hidden, grad_weight, grad_bias)
+        if sums.rows is not None:
+            torch.mm(gradient, head.weight, out=sums.rows[piece])
+        if sums.weight is not None:
+            sums.weight.add(gradient, rows[piece], scale)
+        if sums.bias is not None:
+            sums.bias.add_(logits.sum(0), alpha=scale)
+    return (clm, fusion, listened), sums
+
+
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """Gradients as the chunks leave them; None: not wanted."""
+
+    rows: Tensor | None
+    """[n, d], yet to be scaled"""
+    weight: _WeightGradient | None
+    bias: Tensor | None
+    """[V], float32 or wider"""
 
 
 class _Head:
@@ -216,16 +226,67 @@ class _Head:
         return self._product[: len(logits)].copy_(logits)
 
 
+class _WeightGradient:
+    """The gradient of the head's weight [V, d]: products of all chunks, added up in float32 or wider.
+
+    Where the weight is narrower, half of its rows are added up in a tensor of their own: it has just the room that
+    the whole gradient takes in the weight's type in the end, so at no time there is more than the sum itself.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        self._like = weight
+        is_narrow = 2 * weight.element_size() <= dtype.itemsize
+        sizes = [-(-len(weight) // 2), len(weight) // 2] if is_narrow else [len(weight)]
+        self._parts = [weight.new_empty((size, weight.shape[1]), dtype=dtype) for size in sizes]
+        self._is_empty = True
+
+    def add(self, left: Tensor, right: Tensor, scale: float) -> None:
+        """+= scale · leftᵀ @ right, of [C, V] and [C, d]."""
+        for part, columns in zip(
+            self._parts, left.split([len(part) for part in self._parts], 1), strict=True
+        ):
+            _add_product(part, columns.t(), right, scale, overwrite=self._is_empty)
+        self._is_empty = False
+
+    def finish(self) -> Tensor:
+        """The sum in the weight's type; there is nothing to add to any more."""
+        parts, self._parts = self._parts, []
+        if self._is_empty:
+            return torch.zeros_like(self._like)
+        return parts[0].to(self._like.dtype) if len(parts) == 1 else _joined(parts[0], parts[1], self._like)
+
+
+def _joined(first: Tensor, second: Tensor, like: Tensor) -> Tensor:
+    """Both, in the type and shape of `like`, in the storage of the first."""
+    whole = first.view(like.dtype).flatten()[: like.numel()].view_as(like)
+    done = min(_HEAD_BLOCK, len(first))
+    whole[:done] = first[:done].to(like.dtype)
+    while done < len(first):  # what is written lies before what is read: it takes half the room at most
+        stop = min(2 * done, len(first))
+        whole[done:stop] = first[done:stop]
+        done = stop
+    whole[len(first) :] = second
+    return whole
+
+
 def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float, *, overwrite: bool) -> None:
     """total += scale · left @ right, the sum over chunks in total's type."""
+    beta = 0.0 if overwrite else 1.0
     if total.dtype == right.dtype:
-        total.addmm_(left, right, beta=0.0 if overwrite else 1.0, alpha=scale)
-        return
-    if overwrite:
-        total.zero_()
-    for start in range(0, len(total), _HEAD_BLOCK):
-        block = slice(start, start + _HEAD_BLOCK)
-        total[block].add_(left[block] @ right, alpha=scale)
+        total.addmm_(left, right, beta=beta, alpha=scale)
+    elif total.is_cuda and total.dtype == torch.float32:
+        torch.addmm(total, left, right, beta=beta, alpha=scale, out_dtype=total.dtype, out=total)
+    else:
+        if overwrite:
+            total.zero_()
+        for start in range(0, len(total), _HEAD_BLOCK):
+            block = slice(start, start + _HEAD_BLOCK)
+            total[block].add_(left[block] @ right, alpha=scale)
+
+
+def _placed(values: Tensor, position: Tensor, size: int) -> Tensor:
+    """[n, ...] to [size, ...], 0 elsewhere."""
+    return values.new_zeros((size, *values.shape[1:])).index_copy_(0, position, values)
 
 
 def _weighted(clm: Tensor, fusion: Tensor, listened: Tensor, config: ObjectiveConfig) -> Tensor:
@@ -263,28 +324,28 @@ def _even(start: int, stop: int, limit: int) -> Iterator[slice]:
         yield slice(begin, min(begin + size, stop))
 
 
-def _chunks(batch: Batch, plan: Sequence[Sequence[slice]], hidden: Tensor, head: _Head) -> Iterator[Batch]:
+def _chunks(
+    batch: Batch, plan: Sequence[Sequence[slice]], rows: Tensor, head: _Head
+) -> Iterator[tuple[slice, Batch]]:
     for pieces in plan:
         if len(pieces) == 1:
-            yield batch[pieces[0]]
+            yield pieces[0], batch[pieces[0]]
             continue
-        clm = torch.cat([_gold_nats(batch[piece], hidden, head) for piece in pieces])
+        clm = torch.cat([_gold_nats(batch[piece], rows[piece], head) for piece in pieces])
         start = pieces[0].start
         whole = batch[start : pieces[-1].stop]
         judged = replace(whole, listened=whole.listened & ~is_overtaken(clm, whole), segment=None)
         for piece in pieces:
-            yield judged[piece.start - start : piece.stop - start]
+            yield piece, judged[piece.start - start : piece.stop - start]
 
 
-def _gold_nats(chunk: Batch, hidden: Tensor, head: _Head) -> Tensor:
+def _gold_nats(chunk: Batch, rows: Tensor, head: _Head) -> Tensor:
     """The target's cross-entropy [C], for a product with the head."""
-    logits = head.logits(hidden[chunk.position])
-    at_gold = logits.gather(1, chunk.gold[:, None]).squeeze(1).to(head.dtype)
-    top, outside = passes.outside_mass(logits, chunk.gold[:, None])
-    return top + (outside + (at_gold - top).exp()).log() - at_gold
+    at_gold, top, outside = passes.outside_mass(head.logits(rows), chunk.gold[:, None])
+    return top + (outside + (at_gold[:, 0] - top).exp()).log() - at_gold[:, 0]
 
 
-def _check(hidden: Tensor, head_weight: Tensor, gold: Tensor, fused: Candidates | None) -> None:
+def _check_shapes(hidden: Tensor, head_weight: Tensor, gold: Tensor, fused: Candidates | None) -> None:
     if hidden.ndim != 2 or head_weight.ndim != 2 or hidden.shape[1] != head_weight.shape[1]:
         raise AlignmentError(
             f"objective: hidden is {tuple(hidden.shape)} and the head {tuple(head_weight.shape)}; "
@@ -294,23 +355,24 @@ def _check(hidden: Tensor, head_weight: Tensor, gold: Tensor, fused: Candidates 
         raise AlignmentError(
             f"objective: gold is {tuple(gold.shape)} for {len(hidden)} positions; give one token id for each"
         )
-    _check_ids("gold", gold[gold != IGNORE_INDEX], len(head_weight))
-    if fused is None:
-        return
-    if fused.num_positions != len(hidden):
+    if fused is not None and fused.num_positions != len(hidden):
         raise AlignmentError(
             f"objective: fused distributions cover {fused.num_positions} positions, hidden {len(hidden)}; "
             "fuse the same batch"
         )
-    _check_ids("fused.ids", fused.ids, len(head_weight))
 
 
-def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
-    if ids.numel() == 0:
-        return
-    low, high = (int(bound) for bound in ids.aminmax())
-    if low < 0 or high >= vocab_size:
-        raise AlignmentError(
-            f"objective: {name} holds {low if low < 0 else high}, outside the head's vocabulary of "
-            f"{vocab_size}; project teachers to this target's tokenizer"
-        )
+def _check_ids(gold: Tensor, fused: Candidates | None, vocab_size: int) -> int:
+    """The number of positions that have gold; one question with all that is checked, as a GPU waits for each."""
+    is_gold = gold != IGNORE_INDEX
+    known = {"gold": torch.where(is_gold, gold, 0)} | ({} if fused is None else {"fused.ids": fused.ids})
+    names = [name for name, ids in known.items() if ids.numel()]
+    bounds = [bound for name in names for bound in known[name].aminmax()]
+    num_gold, *found = torch.stack([is_gold.sum(), *bounds]).tolist()
+    for name, low, high in zip(names, found[::2], found[1::2], strict=True):
+        if low < 0 or high >= vocab_size:
+            raise AlignmentError(
+                f"objective: {name} holds {low if low < 0 else high}, outside the head's vocabulary of "
+                f"{vocab_size}; project teachers to this target's tokenizer"
+            )
+    return num_gold

@@ -15,7 +15,7 @@ _CACHE_BYTES = 4 << 20
 """Logits that the passes of one softmax share, for each CPU thread: the size of a second-level cache."""
 
 
-def outside_mass(logits: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+def outside_mass(logits: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Take the slots out of `logits`, which are what `spread` needs after it.
 
     Args:
@@ -23,15 +23,14 @@ def outside_mass(logits: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         slots: int64 [C, m]
 
     Returns:
-        (each row's maximum, Σ exp(logits − maximum) outside the slots), both [C], float32 or wider.
+        (what was in the slots [C, m], each row's maximum [C], Σ exp(logits − maximum) outside the slots [C]);
+        the first in the type of `logits`, the others float32 or wider.
     """
+    gathered = logits.gather(1, slots)
     if has_kernels(logits):
         from fusellm_ray.fusion.kernels import row_mass
 
-        in_slots = logits.gather(1, slots).amax(1).float()
-        top_outside, mass = row_mass(logits.scatter_(1, slots, -torch.inf))
-        top = torch.maximum(top_outside, in_slots)
-        return top, mass * (top_outside - top).exp()
+        return gathered, *row_mass(logits.scatter_(1, slots, -torch.inf), gathered)
     block = len(logits)
     if logits.device.type == "cpu":
         row_bytes = logits.shape[1] * logits.element_size()
@@ -43,7 +42,7 @@ def outside_mass(logits: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         masses = logits[part].sub_(top[part, None]).exp_()
         masses.scatter_(1, slots[part], 0.0)
         torch.sum(masses, 1, out=outside[part])
-    return top, outside
+    return gathered, top, outside
 
 
 def spread(logits: Tensor, top: Tensor, factor: Tensor) -> None:
@@ -54,6 +53,16 @@ def spread(logits: Tensor, top: Tensor, factor: Tensor) -> None:
         scaled_exp_(logits, top, factor)
     else:
         logits.mul_(factor[:, None])
+
+
+def scale_(values: Tensor, factor: Tensor) -> None:
+    """values *= factor, a scalar on their device; for nothing where that is 1, as it mostly is."""
+    if has_kernels(values):
+        from fusellm_ray.fusion import kernels
+
+        kernels.scale_(values, factor)
+    elif values.is_cuda or factor.item() != 1.0:  # asking a GPU for the value would make it wait
+        values.mul_(factor)
 
 
 def has_kernels(logits: Tensor) -> bool:

@@ -60,7 +60,7 @@ class StepStatistics:
         if batch.fused is None:
             return
         listened = output.listened
-        self._count("fusion", output.fusion[listened].sum())
+        self._count("fusion", output.fusion.sum())
         self._count("fused", listened.sum())
         domain = batch.domain[batch.segment]
         num_domains = len(self._domains)
@@ -140,16 +140,23 @@ class StepStatistics:
 
 
 def _teacher_sums(batch: MicroBatch) -> dict[str, Tensor]:
+    # No selection by a mask: how much it leaves is a number that a GPU would have to tell.
     candidates = [part.candidates for part in batch.teachers]
-    known = [c.gold.isfinite() for c in candidates]
+    valid = torch.stack([c.valid for c in candidates])
+    residual = torch.stack([c.residual for c in candidates]).exp()
+    gold = torch.stack([c.gold for c in candidates])
+    known = gold.isfinite()
     return {
-        "valid": torch.stack([c.valid.sum() for c in candidates]),
-        "dropped": torch.tensor(
-            [batch.gold.numel() * part.is_dropped for part in batch.teachers], device=batch.gold.device
+        "valid": valid.sum(1),
+        "dropped": torch.stack(
+            [
+                valid.new_full((), batch.gold.numel() * part.is_dropped, dtype=torch.int64)
+                for part in batch.teachers
+            ]
         ),
-        "residual": torch.stack([c.residual[c.valid].exp().sum() for c in candidates]),
-        "aligned_nats": torch.stack([-c.gold[k].sum() for c, k in zip(candidates, known, strict=True)]),
-        "aligned_bytes": torch.stack([batch.gold_bytes[k].sum() for k in known]),
+        "residual": residual.where(valid, 0.0).sum(1),
+        "aligned_nats": -gold.where(known, 0.0).sum(1),
+        "aligned_bytes": (batch.gold_bytes * known).sum(1),
         "own_nats": torch.stack([part.own_nats.sum() for part in batch.teachers]),
         "own_bytes": torch.stack([part.own_bytes.sum() for part in batch.teachers]),
     }
