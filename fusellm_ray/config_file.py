@@ -213,6 +213,10 @@ def _explain(detail: Any, root: type[BaseModel]) -> str:
         return f"{where}.type: {detail['ctx']['tag']!r} is unknown; known types: {', '.join(_TAGS)}"
     message = str(detail["msg"]).removeprefix("Value error, ")
     seen = detail.get("input")
+    if detail["type"] in ("model_type", "model_attributes_type"):
+        message = f"expected a section, {where.rpartition('.')[2]}: {{key: value}}"
+        if seen in _TAGS:
+            message = f"expected a section; write {{type: {seen}}}"
     shown = f" (got {seen!r})" if isinstance(seen, str | int | float | bool) or seen is None else ""
     return f"{where}: {message}{shown}"
 

@@ -296,6 +296,20 @@ def test_a_tagged_union_without_a_known_tag_names_the_known_ones(engine: dict, s
     assert f"teachers.0.engine.type: {says}; {known}" in refused(tree)
 
 
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ({"engine": "vllm"}, "teachers.0.engine: expected a section; write {type: vllm} (got 'vllm')"),
+        ({"resources": 2}, "teachers.0.resources: expected a section, resources: {key: value} (got 2)"),
+        ({"resources": [2]}, "teachers.0.resources: expected a section, resources: {key: value}"),
+    ],
+)
+def test_a_value_in_place_of_a_section_is_told_apart(section: dict, says: str):
+    tree = minimal()
+    tree["teachers"][0] |= section
+    assert says in refused(tree)
+
+
 def test_a_misspelt_preset_is_known_at_the_top_alone():
     assert "presett: unknown key; did you mean 'preset'?" in refused(minimal() | {"presett": "paper"})
     assert "did you mean" not in refused(minimal() | {"fusion": {"presett": "paper"}})
