@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,8 +33,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusellm_ray.config import FusionConfig, ObjectiveConfig
-from fusellm_ray.fusion.fuse import Candidates, fuse
+from fusellm_ray.fusion.fuse import Candidates, Fused, fuse
 from fusellm_ray.fusion.loss import objective
+from fusellm_ray.target.batches import after_copy, begin_copy
 
 WAYS = ("fused", "clm", "dense")
 SEGMENT_TOKENS = 256
@@ -107,24 +108,20 @@ class Step:
         self.hidden = torch.randn(N, d, generator=rng).mul_(3).to(args.device, dtype).requires_grad_()
         gold = torch.randint(V, (N,), generator=rng)
         self.gold = gold.to(args.device)
-        self.teachers = [random_teacher(gold, V, args.top_k, rng) for _ in range(2)]
-        self.gold_bytes = torch.randint(1, 9, (N,), generator=rng)
-        self.segment = torch.arange(N) // SEGMENT_TOKENS
-        self.fusion = FusionConfig(rule=args.rule)
+        segment = torch.arange(N) // SEGMENT_TOKENS
+        self.fuse = partial(
+            fuse,
+            [random_teacher(gold, V, args.top_k, rng) for _ in range(2)],
+            config=FusionConfig(rule=args.rule),
+            segment=segment,
+            row=torch.zeros_like(segment),
+            gold_bytes=torch.randint(1, 9, (N,), generator=rng),
+        )
         self.objective = ObjectiveConfig(
             divergence=args.divergence, tail=args.tail, chunk_tokens=args.chunk_tokens
         )
 
         self.ahead = Ahead(self.fuse) if args.device == "cuda" else None
-
-    def fuse(self) -> Candidates:
-        return fuse(
-            self.teachers,
-            config=self.fusion,
-            segment=self.segment,
-            row=torch.zeros_like(self.segment),
-            gold_bytes=self.gold_bytes,
-        )
 
     def fused(self) -> None:
         self._head(self.fuse() if self.ahead is None else self.ahead.take())
@@ -153,26 +150,23 @@ class Step:
 class Ahead:
     """The next fused batch, made and copied to the GPU by a thread while the one before is used."""
 
-    def __init__(self, make: Callable[[], Candidates]) -> None:
+    def __init__(self, make: Callable[[], Fused]) -> None:
         self._make = make
         self._thread = ThreadPoolExecutor(1)
         self._copies = torch.cuda.Stream()
         self._next = self._thread.submit(self._prepare)
 
-    def take(self) -> Candidates:
+    def take(self) -> Fused:
         batch, copied = self._next.result()
         self._next = self._thread.submit(self._prepare)
-        torch.cuda.current_stream().wait_event(copied)
-        for field in fields(batch):
-            getattr(batch, field.name).record_stream(torch.cuda.current_stream())
-        return batch
+        return after_copy(batch, copied, self._copies.device)
 
-    def _prepare(self) -> tuple[Candidates, torch.cuda.Event]:
-        fused = self._make()
-        with torch.cuda.stream(self._copies):
-            parts = (getattr(fused, field.name).pin_memory() for field in fields(Candidates))
-            batch = Candidates(*(part.to("cuda", non_blocking=True) for part in parts))
-            return batch, self._copies.record_event()
+    def wait(self) -> None:
+        """Until the next batch is made."""
+        self._next.result()
+
+    def _prepare(self) -> tuple[Fused, torch.cuda.Event]:
+        return begin_copy(self._make(), self._copies)
 
 
 def random_teacher(gold: Tensor, vocab_size: int, top_k: int, rng: torch.Generator) -> Candidates:
@@ -212,9 +206,12 @@ def timed(step: Step, way: str, device: str) -> dict[str, float]:
         step.run(way)
         return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    assert step.ahead is not None
+    step.ahead.wait()
     begin.record()
     for _ in range(STEPS_ON_GPU):
         step.run(way)
+    step.ahead.wait()  # as many were fused as used
     end.record()
     torch.cuda.synchronize()
     return {"cuda events": begin.elapsed_time(end) / 1e3 / STEPS_ON_GPU}

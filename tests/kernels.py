@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
+from torch import Tensor
 
 from fusellm_ray.config import ObjectiveConfig
 from fusellm_ray.fusion import divergence, passes
@@ -51,12 +53,13 @@ def test_without_teachers_it_is_cross_entropy():
         torch.testing.assert_close(mine.cpu().double(), theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("gate", [False, True])
-def test_in_bfloat16_the_objective_with_kernels_stays_near_the_reference(gate: bool):
+@pytest.mark.parametrize("segment_tokens", [None, 7, 40])
+def test_in_bfloat16_the_objective_with_kernels_stays_near_the_reference(segment_tokens: int | None):
+    """Segments for the live gate, shorter and longer than a chunk."""
     hidden, weight, _, gold, fused = make_batch(60, seed=13, vocab_size=9001)
     narrow = [x.detach().bfloat16().to(DEVICE).requires_grad_() for x in (hidden, weight)]
     exact = [x.detach().double().cpu().requires_grad_() for x in narrow]
-    segment = torch.arange(60) // 7 if gate else None
+    segment = torch.arange(60) // segment_tokens if segment_tokens else None
     config = ObjectiveConfig(clm_weight=0.5, chunk_tokens=16)
 
     def run(inputs, device):
@@ -78,18 +81,66 @@ def test_in_bfloat16_the_objective_with_kernels_stays_near_the_reference(gate: b
     ours = run(narrow, DEVICE)
     assert ours.listened.any()
     assert torch.equal(ours.listened.cpu(), expected.listened)
+    assert not ours.fusion[~ours.listened].any()
+    torch.testing.assert_close(ours.fusion.cpu().double(), expected.fusion, rtol=0.1, atol=0.05)
     torch.testing.assert_close(ours.loss.cpu().double(), expected.loss, rtol=5e-3, atol=0.0)
     for mine, theirs in zip(gradients(ours.loss, *narrow), gradients(expected.loss, *exact), strict=True):
         assert mine.dtype == torch.bfloat16
         assert (mine.cpu().double() - theirs).norm() / theirs.norm() < 0.01
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("factor", [1.0, 0.25])
-def test_gradients_are_scaled_by_what_is_upstream(factor: float):
-    values = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+def test_gradients_are_scaled_by_what_is_upstream(factor: float, dtype: torch.dtype):
+    values = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
     scaled = values.clone()
     passes.scale_(scaled, torch.tensor(factor, device=DEVICE))
     assert torch.equal(scaled, values * factor)
+
+
+def make_slots(rows: int, top_k: int, vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """(gathered, top, outside) as `outside_mass` leaves them, and the chunk: targets confident in gold and against it,
+    slots unused, gold unknown, teachers without residual, positions closed."""
+    rng = torch.Generator().manual_seed(rows)
+    ids = torch.stack([torch.randperm(vocab_size, generator=rng)[: 1 + top_k] for _ in range(rows)])
+    logits = 3 * torch.randn(rows, vocab_size, generator=rng)
+    logits[0, ids[0, 0]], logits[1 % rows, ids[1 % rows, 0]] = 200.0, -200.0
+    log_p = torch.randn(rows, 2 + top_k, generator=rng).mul(2).log_softmax(1)
+    log_p[torch.rand(log_p.shape, generator=rng) < 0.2] = -torch.inf
+    log_p[:, 0][torch.rand(rows, generator=rng) < 0.3] = -torch.inf
+    residual = log_p[:, -1].clone()
+    log_p = log_p[:, :-1].contiguous()
+    if vocab_size == 1 + top_k:
+        log_p.masked_fill_(log_p == -torch.inf, -3.0)
+    listened = (torch.rand(rows, generator=rng) < 0.7) & log_p.isfinite().any(1)
+    slots = torch.where(log_p.isfinite(), ids, ids[:, :1])
+    chunk = divergence.Batch(ids[:, 0], slots, log_p, residual, listened, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes, "has_kernels", lambda logits: False)
+        return *passes.outside_mass(logits.to(dtype).float(), slots), chunk
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "top_k", "vocab_size"), [(1, 4, 50), (9, 0, 9), (40, 16, 300), (6, 4, 5), (5, 300, 999)]
+)
+@pytest.mark.parametrize(("kind", "tail"), itertools.product(DIVERGENCES, TAILS))
+def test_comparing_slots_at_once_is_comparing_them(
+    kind: str, tail: str, rows: int, top_k: int, vocab_size: int, dtype: torch.dtype
+):
+    gathered, top, outside, chunk = make_slots(rows, top_k, vocab_size, dtype)
+    config = ObjectiveConfig(clm_weight=0.3, divergence=kind, tail=tail)
+    expected = divergence._compare_slots(gathered, top, outside, chunk, vocab_size, config)
+    there = dataclasses.replace(
+        chunk, **{name: getattr(chunk, name).to(DEVICE) for name in ("log_p", "residual", "listened")}
+    )
+    ours = divergence._compare_slots_at_once(
+        gathered.to(DEVICE, dtype), top.to(DEVICE), outside.to(DEVICE), there, vocab_size, config
+    )
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}
+    for mine, theirs in zip(ours, expected, strict=True):
+        near = tolerance[mine.dtype]
+        torch.testing.assert_close(mine.cpu().float(), theirs, rtol=near, atol=min(near, 1e-4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

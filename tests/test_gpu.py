@@ -15,9 +15,10 @@ from fusellm_ray.corpus.source import Corpus
 from fusellm_ray.corpus.tokens import ByteTokenizer
 from fusellm_ray.job import export_run, run_job
 from fusellm_ray.observe.records import read_records
-from fusellm_ray.target.batches import RankBatches
+from fusellm_ray.target.batches import RankBatches, after_copy, begin_copy
 from fusellm_ray.target.storage import Checkpoints
 from tests.runs import build_run, losses, model_folder, named
+from tests.test_statistics import batch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,6 +43,15 @@ def tree(tmp_path_factory: pytest.TempPathFactory, tokenizer_folders: dict[str, 
 def record_losses(tree: dict[str, Any], name: str) -> list[float]:
     records = read_records(Checkpoints(tree["run"]["storage"], name).folder)
     return [loss for _, loss in sorted(losses(records).items())]
+
+
+def require_equal(there: Any, here: Any) -> None:
+    """Every tensor of a dataclass is on the GPU, and what it is on the CPU."""
+    for field in dataclasses.fields(here):
+        expected = getattr(here, field.name)
+        if isinstance(expected, torch.Tensor):
+            assert getattr(there, field.name).is_cuda
+            assert torch.equal(getattr(there, field.name).cpu(), expected), field.name
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +84,18 @@ def test_a_run_on_a_gpu_follows_the_run_on_a_cpu_and_goes_on_from_its_checkpoint
     assert (export_run(config, tmp_path / "export") / "model.safetensors").is_file()
 
 
-def test_batches_on_a_gpu_are_those_of_the_cpu(tree: dict[str, Any]):
+def test_a_batch_with_teachers_is_the_same_after_its_copy():
+    copies = torch.cuda.Stream()
+    for _ in range(20):
+        torch.randn(2048, 2048, device="cuda").mm(torch.randn(2048, 2048, device="cuda"))  # to copy beside
+        copied = after_copy(*begin_copy(batch(), copies), copies.device)
+        seen = [copied.fused, copied.teachers[0].candidates, copied.teachers[1].candidates, copied]
+        wanted = [batch().fused, *(part.candidates for part in batch().teachers), batch()]
+        for there, here in zip(seen, wanted, strict=True):
+            require_equal(there, here)
+
+
+def test_batches_read_ahead_are_the_same_on_a_gpu(tree: dict[str, Any]):
     config = parse_config(tree)
     tokenizer = ByteTokenizer.of_model(config.target)
     corpus = Corpus.open(config.corpus, config.run.seed)
@@ -87,12 +108,7 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(tree: dict[str, Any]):
 
     there, here = batches("cuda"), batches("cpu")
     for _ in range(20):
-        torch.randn(2048, 2048, device="cuda").mm(torch.randn(2048, 2048, device="cuda"))  # to copy beside
         (copied,), (own,) = next(there).micro_batches, next(here).micro_batches
-        for field in dataclasses.fields(own):
-            expected = getattr(own, field.name)
-            if isinstance(expected, torch.Tensor):
-                assert getattr(copied, field.name).is_cuda
-                assert torch.equal(getattr(copied, field.name).cpu(), expected), field.name
+        require_equal(copied, own)
     there.close()
     here.close()

@@ -312,8 +312,11 @@ def test_a_float32_head_under_bfloat16_hidden_states_keeps_float32_gradients():
     assert (mine.double() - theirs).norm() / theirs.norm() < 0.01
 
 
-@pytest.mark.parametrize("vocab_size", [1, 2, 37, 40_001])
-def test_a_narrow_heads_gradient_is_the_float32_sum_rounded_once_and_takes_no_more_room(vocab_size: int):
+@pytest.mark.parametrize("vocab_size", [1, 2, 37])
+def test_a_narrow_heads_gradient_is_the_float32_sum_rounded_once_and_takes_no_more_room(
+    vocab_size: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("fusellm_ray.fusion.loss._HEAD_BLOCK", 2)
     rng = torch.Generator().manual_seed(0)
     weight = torch.zeros(vocab_size, 3, dtype=torch.bfloat16)
     chunks = [(torch.randn(4, vocab_size, generator=rng), torch.randn(4, 3, generator=rng)) for _ in range(3)]

@@ -54,8 +54,8 @@ def batch() -> MicroBatch:
 def figures(loss: float = 2.0) -> dict[str, float]:
     statistics = StepStatistics(["a", "b"], ["x", "y"])
     clm = torch.tensor([1.0, 1.0, 2.0, 2.0])
-    listened = torch.tensor([True, True, True, True])
-    statistics.add(batch(), ObjectiveOutput(torch.tensor(loss), clm, torch.full((4,), 0.5), listened))
+    listened = torch.tensor([False, True, True, True])
+    statistics.add(batch(), ObjectiveOutput(torch.tensor(loss), clm, 0.5 * listened, listened))
     statistics.add_wait(0.25)
     return statistics.figures()
 
@@ -65,9 +65,14 @@ def test_figures_are_ratios_of_sums():
     assert seen["tokens"] == 4
     assert seen["loss/clm"] == pytest.approx(6 / 4)
     assert seen["loss/bits_per_byte"] == pytest.approx(6 / math.log(2) / 12)
-    assert seen["teacher/a/win_share"] == pytest.approx(1 / 4)
-    assert seen["teacher/b/win_share"] == pytest.approx(3 / 4)
+    assert seen["loss/fusion"] == pytest.approx(0.5)
+    assert seen["fusion/listened_share"] == pytest.approx(3 / 4)
+    assert seen["teacher/a/win_share"] == pytest.approx(1 / 3)
+    assert seen["teacher/b/win_share"] == pytest.approx(2 / 3)
     assert seen["teacher/b/win_share/y"] == pytest.approx(1 / 2)
+    assert seen["teacher/b/residual"] == pytest.approx(1 - math.exp(-0.5))
+    assert seen["teacher/a/fidelity"] == pytest.approx(1)
+    assert seen["teacher/b/fidelity"] == pytest.approx((1.5 / 9) / (2.5 / 12))
     assert seen["teacher/a/coverage"] == 1
     assert seen["teacher/b/coverage"] == pytest.approx(3 / 4)
     assert seen["time/wait_s"] == pytest.approx(0.25)

@@ -92,20 +92,20 @@ def differentiate(logits: Tensor, chunk: Batch, config: ObjectiveConfig) -> tupl
         _, total = _masses(gathered, top, outside, chunk)
         clm = top + total.log() - gathered[:, 0]
         chunk = replace(chunk, listened=chunk.listened & ~is_overtaken(clm, chunk))
-    compare = _compare_in_one if has_kernels(logits) else _compare_slots
+    compare = _compare_slots_at_once if has_kernels(logits) else _compare_slots
     clm, fusion, values, factor = compare(gathered, top, outside, chunk, logits.shape[1], config)
     spread(logits, top, factor)
     logits.scatter_(1, chunk.slots, values)
     return clm, fusion, chunk.listened
 
 
-def _compare_in_one(
+def _compare_slots_at_once(
     gathered: Tensor, top: Tensor, outside: Tensor, chunk: Batch, vocab_size: int, config: ObjectiveConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_compare_slots` as a kernel."""
     from fusellm_ray.fusion import kernels
 
-    return kernels.compare(
+    return kernels.compare_slots(
         gathered,
         top,
         outside,

@@ -1,6 +1,8 @@
 """What a GPU does between the head's products, as Triton kernels: a few launches a chunk, float32 inside.
 
-Imported for logits on a GPU alone (`fusion.passes`, `fusion.divergence`), which say what each must equal.
+Imported for tensors on a GPU alone, by `fusion.passes` and `fusion.divergence`, which say what each must equal.
+Tensors are contiguous. Annotations of kernels are Triton's own types: its compiler looks each name up and knows no
+other, though its interpreter takes any.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def scale_(values: Tensor, factor: Tensor) -> None:
     )
 
 
-def compare(
+def compare_slots(
     gathered: Tensor,
     top: Tensor,
     outside: Tensor,
@@ -75,7 +77,7 @@ def compare(
     values = torch.empty_like(gathered)
     slot_block = triton.next_power_of_2(M)
     rows = max(1, _TILE // slot_block)
-    _compare[(triton.cdiv(C, rows),)](
+    _compare_slots[(triton.cdiv(C, rows),)](
         gathered,
         top,
         outside,
@@ -90,8 +92,6 @@ def compare(
         M,
         vocab_size,
         clm_weight,
-        log_p.stride(0),
-        residual.stride(0),
         divergence=divergence,
         tail=tail,
         least_mass=least_mass,
@@ -100,9 +100,6 @@ def compare(
         slot_block=slot_block,
     )
     return clm, fusion, values, factor
-
-
-# The types of pointers and sizes: Triton looks annotations up, and knows only its own.
 
 
 @triton.jit
@@ -176,7 +173,7 @@ def _finite_logsumexp(row: tl.tensor, more: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _terms(log_p: tl.tensor, log_q: tl.tensor, divergence: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+def _compare(log_p: tl.tensor, log_q: tl.tensor, divergence: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """What each outcome adds to the divergence, and its derivative by log_q."""
     p = tl.exp(log_p)
     q = tl.exp(log_q)
@@ -196,7 +193,7 @@ def _terms(log_p: tl.tensor, log_q: tl.tensor, divergence: tl.constexpr) -> tupl
 
 
 @triton.jit
-def _compare(
+def _compare_slots(
     gathered: tl.tensor,
     top: tl.tensor,
     outside: tl.tensor,
@@ -211,8 +208,6 @@ def _compare(
     num_slots: tl.tensor,
     vocab_size: tl.tensor,
     clm_weight: tl.tensor,
-    log_p_stride: tl.tensor,
-    residual_stride: tl.tensor,
     divergence: tl.constexpr,
     tail: tl.constexpr,
     least_mass: tl.constexpr,
@@ -227,7 +222,7 @@ def _compare(
     is_gold = (slot == 0)[None, :]
     place = row[:, None] * num_slots + slot[None, :]
     z = tl.load(gathered + place, mask=is_slot, other=-float("inf")).to(tl.float32)
-    lp = tl.load(log_p + row[:, None] * log_p_stride + slot[None, :], mask=is_slot, other=-float("inf"))
+    lp = tl.load(log_p + place, mask=is_slot, other=-float("inf"))
     row_top = tl.load(top + row, mask=is_row, other=0.0)
     row_outside = tl.load(outside + row, mask=is_row, other=1.0)
     heard = tl.load(listened + row, mask=is_row, other=0) != 0
@@ -247,7 +242,7 @@ def _compare(
     rest_lq = tl.full((row_block,), -float("inf"), tl.float32)
     if tail == "bucket":
         has_rest = heard & (tl.sum(inside.to(tl.int32), axis=1) < vocab_size)
-        rest_lp = tl.load(residual + row * residual_stride, mask=is_row, other=-float("inf"))
+        rest_lp = tl.load(residual + row, mask=is_row, other=-float("inf"))
         if divergence == "reverse_kl":
             rest_lp = tl.where(rest_lp < least_residual, least_residual, rest_lp)
         rest_lp = tl.where(has_rest, rest_lp, -float("inf"))
@@ -259,13 +254,13 @@ def _compare(
     is_restricted: tl.constexpr = tail == "renormalise" and divergence != "forward_kl"
     if is_restricted:
         lq = lq - _finite_logsumexp(lq, rest_lq)[:, None]
-    value, slope = _terms(lp, lq, divergence)
+    value, slope = _compare(lp, lq, divergence)
     difference = tl.sum(value, axis=1)
     rest_slope = tl.zeros((row_block,), tl.float32)
     if is_restricted:
         slope = slope - tl.exp(lq) * tl.sum(slope, axis=1)[:, None]
     if tail == "bucket":
-        rest_value, rest_slope = _terms(rest_lp, rest_lq, divergence)
+        rest_value, rest_slope = _compare(rest_lp, rest_lq, divergence)
         difference += rest_value
 
     q = tl.exp(log_q)

@@ -92,8 +92,8 @@ def objective(
     num_gold = _check_ids(gold, fused, len(head_weight))
     position = None if num_gold == len(gold) else (gold != IGNORE_INDEX).nonzero().squeeze(1)
     if gate_segment is not None and fused is not None:
-        here = gate_segment if position is None else gate_segment[position]
-        order = here.argsort(stable=True)
+        segment = gate_segment if position is None else gate_segment[position]
+        order = segment.argsort(stable=True)
         position = order if position is None else position[order]
     batch = Batch.of(gold, fused, gate_segment, position)
     loss, clm, fusion, listened = _HeadObjective.apply(
@@ -229,8 +229,8 @@ class _Head:
 class _WeightGradient:
     """The gradient of the head's weight [V, d]: products of all chunks, added up in float32 or wider.
 
-    Where the weight is narrower, half of its rows are added up in a tensor of their own: it has just the room that
-    the whole gradient takes in the weight's type in the end, so at no time there is more than the sum itself.
+    Where the weight is narrower, in two halves: the first half's sum takes the room that the whole does in the
+    weight's type, and becomes it, so that there never is a second copy of the gradient.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:

@@ -1,7 +1,8 @@
-"""The passes over a chunk's logits [C, V]: what lies outside a few slots of each row, and the gradient there.
+"""The passes over tensors as large as a chunk's logits [C, V] or the head.
 
-    outside_mass   maximum and mass; the slots are taken out
-    spread         everything that is left becomes a factor a row times its softmax numerator
+    outside_mass   of logits: what lies outside a few slots of each row, maximum and mass; the slots are taken out
+    spread         of what is left: a factor a row times its softmax numerator, the gradient there
+    scale_         of a gradient: times what is upstream
 
 On a GPU Triton kernels make them (`fusion.kernels`), elsewhere PyTorch, in pieces that stay in the CPU's cache.
 """
@@ -65,6 +66,6 @@ def scale_(values: Tensor, factor: Tensor) -> None:
         values.mul_(factor)
 
 
-def has_kernels(logits: Tensor) -> bool:
-    """Whether kernels pass over logits like these; they widen as they read and narrow as they write."""
-    return logits.is_cuda and logits.dtype != torch.float64
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether kernels work on tensors like this one; they widen as they read and narrow as they write."""
+    return tensor.is_cuda and tensor.dtype != torch.float64

@@ -15,7 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from fusellm_ray.config import Config, FusionConfig, TeacherConfig
 from fusellm_ray.corpus.rows import IGNORE_INDEX, Row, Segment, ShardReader, row_arrays
 from fusellm_ray.fusion.fuse import Candidates, Fused, fuse
 from fusellm_ray.stream.client import TeacherStream
+
+Tree = TypeVar("Tree")
+"""Tensors in dataclasses and tuples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +134,7 @@ class RankBatches:
             return None
         if isinstance(batch, BaseException):
             raise batch
-        return batch if batch.copied is None else _received(batch, batch.copied, self._device)
+        return batch if batch.copied is None else after_copy(batch, batch.copied, self._device)
 
     def close(self) -> None:
         """Stop reading ahead; what is in flight is dropped."""
@@ -206,18 +209,21 @@ class RankBatches:
             cursors=cursors,
             documents=tuple(documents),
         )
-        return batch if self._copies is None else _sent(batch, self._copies)
+        if self._copies is None:
+            return batch
+        batch, copied = begin_copy(batch, self._copies)
+        return replace(batch, copied=copied)
 
 
-def _sent(batch: StepBatch, copies: torch.cuda.Stream) -> StepBatch:
-    """Begin to copy it to the GPU, beside what computes there."""
+def begin_copy(batch: Tree, copies: torch.cuda.Stream) -> tuple[Tree, torch.cuda.Event]:
+    """Begin to copy every tensor of a batch to the GPU, beside what computes there; the event is its end."""
     with torch.cuda.stream(copies):  # copies of pageable memory would make this thread, and the GPU, wait
         sent = _each_tensor(batch, lambda tensor: tensor.pin_memory().to(copies.device, non_blocking=True))
-        return replace(sent, copied=copies.record_event())
+        return sent, copies.record_event()
 
 
-def _received(batch: StepBatch, copied: torch.cuda.Event, device: torch.device) -> StepBatch:
-    """Let the calling thread's stream wait for the copy, without waiting here."""
+def after_copy(batch: Tree, copied: torch.cuda.Event, device: torch.device) -> Tree:
+    """Let the calling thread's stream wait for a copy, without waiting here."""
     stream = torch.cuda.current_stream(device)
     stream.wait_event(copied)
 
