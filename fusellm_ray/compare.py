@@ -319,7 +319,10 @@ def _score_untrained(study: Study, cell: Cell, documents: list[Document]) -> lis
     if arm.kind == "ensemble":
         target = ByteTokenizer.of_model(base.target)
         context = study.context or base.corpus.row_tokens
-        return evaluate_ensemble(teachers, target, documents, row_tokens=context)
+        try:
+            return evaluate_ensemble(teachers, target, documents, row_tokens=context)
+        finally:
+            torch.cuda.empty_cache()
     assert arm.method is not None
     with _model_folder(study, cell.name) as folder:
         merge_models(

@@ -618,6 +618,12 @@ class Config(Frozen):
             raise ValueError(
                 "trainer.resources_per_worker asks for GPUs and trainer.use_gpu is false; set it true"
             )
+        share = self.trainer.resources_per_worker.get("GPU", 1.0)
+        if self.trainer.use_gpu and share < 1 and self.trainer.workers.max > 1:
+            raise ValueError(
+                f"trainer.resources_per_worker.GPU={share:g} may put several of {self.trainer.workers.max} ranks "
+                "on one GPU, which NCCL refuses; give each rank a GPU of its own, or set trainer.workers to 1"
+            )
         if self.alignment.has_one_hot:
             self._refuse_comparison_of_one_hot()
         own = {name for name, amount in self.trainer.resources_per_worker.items() if amount}

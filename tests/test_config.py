@@ -146,6 +146,13 @@ def test_elastic_workers_need_a_resource_that_teachers_do_not_take():
     assert "trainer.workers" in refused(minimal() | {"trainer": {"workers": 0}})
 
 
+def test_several_ranks_on_one_gpu_are_refused():
+    trainer = {"use_gpu": True, "workers": 2, "resources_per_worker": {"GPU": 0.5}}
+    assert "on one GPU, which NCCL refuses" in refused(minimal() | {"trainer": trainer})
+    parse_config(minimal() | {"trainer": trainer | {"workers": 1}})
+    parse_config(minimal() | {"trainer": {"use_gpu": True, "workers": 2}})
+
+
 @pytest.mark.parametrize("attention", ["flex_attention", "flash_attention_2"])
 def test_attention_that_only_gpus_can_train_is_refused_elsewhere(attention: str):
     target = {"model": "target", "attention": attention, "dtype": "bfloat16"}

@@ -7,11 +7,14 @@ import json
 import shutil
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, modeling_flash_attention_utils
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.modeling_utils import AttentionInterface
 
 from fusellm_ray.config import ModelConfig, TeacherConfig
 from fusellm_ray.corpus.tokens import ByteTokenizer
@@ -63,6 +66,54 @@ def test_the_head_is_checked_whatever_the_attention_which_stays(attention, tmp_p
         check_head(capped)
     check_head(plain)
     assert [model.config._attn_implementation for model in (capped, plain)] == [attention] * 2
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "kernels-community/flash-attn2"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+def test_flash_attention_is_told_where_documents_begin(architecture, name, tmp_path, monkeypatch):
+    """Its kernel is played by PyTorch's attention, document by document."""
+    told = []
+
+    def attend(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, scale):
+        told.append((cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), max_seqlen_q))
+        parts = []
+        for start, stop in itertools.pairwise(cu_seqlens_q.tolist()):
+            own = (x[start:stop].transpose(0, 1)[None] for x in (q, k, v))
+            out = torch.nn.functional.scaled_dot_product_attention(
+                *own, is_causal=True, scale=scale, enable_gqa=True
+            )
+            parts.append(out[0].transpose(0, 1))
+        return torch.cat(parts)
+
+    def arguments(*, softmax_scale, max_seqlen_q, **_):
+        return {"scale": softmax_scale, "max_seqlen_q": max_seqlen_q}
+
+    model = load(tiny_model(architecture, 97, tmp_path))
+    ids = torch.arange(32).reshape(2, 16) % 31
+    positions = torch.cat([torch.arange(6), torch.arange(10)]).expand(2, -1).contiguous()
+    with torch.no_grad():
+        expected = hidden_states(model, ids, positions)
+        kernels = (None, attend, None, None, None), (arguments, None)
+        monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", lambda _: kernels)
+        monkeypatch.setitem(AttentionInterface._global_mapping, name, flash_attention_forward)
+        model.config._attn_implementation = name
+        seen = hidden_states(model, ids, positions)
+    assert told == [([0, 6, 16, 22, 32], [0, 6, 16, 22, 32], 16)] * 2
+    torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_flex_attention_is_asked_for_the_kernel_of_any_length(tmp_path, monkeypatch):
+    model = load(tiny_model("llama", 97, tmp_path))
+    model.config._attn_implementation = "flex_attention"
+    asked = {}
+
+    def forward(**kwargs):
+        asked.update(kwargs)
+        return SimpleNamespace(last_hidden_state=torch.zeros(1, 4, 32))
+
+    monkeypatch.setattr(model.base_model, "forward", forward)
+    hidden_states(model, torch.zeros(1, 4, dtype=torch.int64), torch.arange(4)[None])
+    assert asked["kernel_options"] == {"BACKEND": "TRITON"}
 
 
 def test_a_head_that_could_not_be_checked_under_its_attention_is_refused_before_loading(tmp_path):

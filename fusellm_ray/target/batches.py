@@ -147,6 +147,8 @@ class RankBatches:
             self._thread.join(0.05)
 
     def _work(self) -> None:
+        if self._copies is not None:  # threads start on the first GPU, and would take memory of it
+            torch.cuda.set_device(self._copies.device)
         try:
             for segments, answers in self._joined():
                 self._put(self._assemble(segments, answers))

@@ -81,11 +81,15 @@ def write_checkpoint(
     directory = Path(directory)
     try:
         with _quiet():
+            writer = HuggingFaceStorageWriter(
+                str(directory), fqn_to_index_mapping=_file_numbers(tensors), save_distributed=True
+            )
+            writer.per_thread_copy_ahead = (
+                0  # what is on the CPU needs no stream, which would take memory of a GPU
+            )
             dcp.save(
                 tensors,
-                storage_writer=HuggingFaceStorageWriter(
-                    str(directory), fqn_to_index_mapping=_file_numbers(tensors), save_distributed=True
-                ),
+                storage_writer=writer,
                 process_group=group,
                 no_dist=not dist.is_initialized(),
             )

@@ -62,10 +62,14 @@ def build_target(config: TargetConfig, mesh: DeviceMesh) -> HeadedModel:
     keep_trainable(causal_lm)
     model = HeadedModel(causal_lm)
     _shard(model, config, mesh)
+    if config.compile or config.attention == "flex_attention":
+        # Each layer and each kind of batch may be compiled; what exceeds the limit, of this thread, runs uncompiled.
+        torch._dynamo.config.recompile_limit = 256
     check_packing(model)
     if config.compile:  # after the check, whose shapes are no use to training
         for block in transformer_blocks(causal_lm):
             block.forward = torch.compile(block.forward, dynamic=False)
+        model.is_compiled = True
     return model
 
 
@@ -152,7 +156,10 @@ def _shard(model: HeadedModel, config: TargetConfig, mesh: DeviceMesh) -> None:
     model.register_forward_hook(_reshard_after_inference)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
+            if (
+                mesh.size() > 1
+            ):  # of one rank nothing is divided, and the factor would take a copy of the gradients
+                module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other reduction with a factor
             if mesh.device_type == "cpu":
                 module.set_custom_all_gather(DirectAllGather())
