@@ -273,7 +273,8 @@ class TeacherConfig(ReaderConfig):
     weight: float = Field(default=1.0, gt=0)
     """Its share under `fusion.rule: weighted`."""
     max_context: int | None = Field(default=None, ge=2)
-    """Tokens the model reads at once; default: what its config says."""
+    """Tokens the model reads at once; default: what its config says. vLLM starts only where the KV cache of so many
+    fits beside the weights."""
     cache_bytes: int = Field(default=256 << 20, ge=0)
     """Memory a replica uses for its latest answers, so that the same text asked again (by another run of a sweep,
     by a resumed run) is not scored again; a token takes about 4 to 6 bytes a candidate. Answers from it may differ in

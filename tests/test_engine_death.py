@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import ray
+import torch
 
 from fusellm_ray.config import Config, VllmEngine
 from fusellm_ray.config_file import parse_config
@@ -41,6 +42,10 @@ pytestmark = [
 ]
 
 
+GPUS = {"num_gpus": float(torch.cuda.is_available())}
+"""Of a teacher in vLLM."""
+
+
 def run_config(folder: Path, **settings: Any) -> Config:
     engine = {
         "type": "vllm",
@@ -50,6 +55,8 @@ def run_config(folder: Path, **settings: Any) -> Config:
         **settings,
     }
     teacher = {"name": "t", "model": str(folder), "top_k": TOP_K, "engine": engine, "cache_bytes": 0}
+    if "args" not in settings:
+        teacher["resources"] = GPUS
     return Config.model_validate(
         {
             "run": {"name": "test"},
@@ -126,7 +133,7 @@ def test_a_killed_engine_core_changes_no_bit_of_a_run(
     folder = build("llama", build_model("llama", tmp_path / "vllm", VOCAB_SIZE))
     # One text at a time: how sums are rounded may depend on what is scored together.
     engine = {"type": "vllm", "dtype": "float32", "max_num_batched_tokens": 256, "max_num_seqs": 1}
-    tree["teachers"][0] |= {"model": str(folder), "engine": engine, "cache_bytes": 0}
+    tree["teachers"][0] |= {"model": str(folder), "engine": engine, "cache_bytes": 0, "resources": GPUS}
     tree["teachers"][1] |= {
         "engine": PACE,
         "cache_bytes": 0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -65,7 +66,11 @@ def reference(model: Path, top_k: int = K) -> list[Scores]:
     return asyncio.run(make_engine(teacher).score(prompts(), top_k))
 
 
-def assert_same(answers: list[Scores], wanted: list[Scores], atol: float = 1e-4) -> None:
+# On GPUs vLLM's attention makes float32 products in TF32.
+NEAR = 2e-2 if torch.cuda.is_available() else 1e-4
+
+
+def assert_same(answers: list[Scores], wanted: list[Scores], atol: float = NEAR) -> None:
     """Equal logprobs, and equal ids wherever a candidate's neighbours are further off than that."""
     assert [len(a.gold_logprobs) for a in answers] == [len(w.gold_logprobs) for w in wanted]
     for answer, want in zip(answers, wanted, strict=True):
@@ -76,7 +81,7 @@ def assert_same(answers: list[Scores], wanted: list[Scores], atol: float = 1e-4)
         np.testing.assert_allclose(answer.gold_logprobs, want.gold_logprobs, atol=atol)
         gaps = -np.diff(want.top_logprobs, axis=1, prepend=np.inf)  # to the candidate before
         is_apart = (gaps[:, :k] > atol) & (gaps[:, 1 : k + 1] > atol)
-        assert is_apart.sum() >= 0.95 * is_apart.size
+        assert is_apart.sum() >= (0.95 if atol < 1e-3 else 0.5) * is_apart.size
         np.testing.assert_array_equal(answer.top_ids[is_apart], want.top_ids[:, :k][is_apart])
 
 
@@ -85,10 +90,35 @@ def test_scores_equal_the_transformers_engines(architecture: str, folder: Path) 
     assert_same(load(folder / f"{architecture}.npz"), reference(folder / architecture, K + 1))
 
 
-def test_adapter_on_a_third_architecture_scores_as_if_merged(folder: Path) -> None:
-    merged, plain = reference(folder / "merged", K + 1), reference(folder / "qwen2", K + 1)
+def test_an_adapter_scores_as_if_merged(folder: Path, seen: dict[str, Any]) -> None:
+    merged, plain = reference(folder / "merged", K + 1), reference(folder / "plain", K + 1)
     assert np.abs(merged[1].gold_logprobs - plain[1].gold_logprobs).max() > 0.1
-    assert_same(load(folder / "merged.npz"), merged)
+    if seen["is_cpu"]:
+        assert_same(load(folder / "merged.npz"), merged)
+    else:  # in bfloat16, as adapters are on GPUs
+        assert mean_difference(load(folder / "merged.npz"), merged) < 0.05
+
+
+def test_an_adapter_of_the_head_is_refused(seen: dict[str, Any]) -> None:
+    assert seen["adapted_head"].startswith("ModelError: adapter ")
+    assert "changes lm_head, which vLLM would apply to some positions only; merge it" in seen["adapted_head"]
+
+
+def test_what_only_its_build_for_gpus_cannot_do_is_refused_there(seen: dict[str, Any]) -> None:
+    assert seen["no_gpu"].startswith(
+        "ConfigError: teacher args: resources.num_gpus=0, and this build of vLLM computes"
+    )
+    assert "LoRA on GPUs computes in half precision only" in seen["float32_adapter"]
+
+
+def test_replicas_that_share_a_gpu_start_one_after_another(seen: dict[str, Any]) -> None:
+    assert seen["turns"] == ["first has started", "second starts"]
+
+
+def mean_difference(answers: list[Scores], wanted: list[Scores]) -> float:
+    """Of gold logprobs, in nats."""
+    pairs = [(a.gold_logprobs, w.gold_logprobs) for a, w in zip(answers, wanted, strict=True)]
+    return float(np.abs(np.concatenate([a - w for a, w in pairs])).mean())
 
 
 def test_facts_come_from_the_model(seen: dict[str, Any]) -> None:
@@ -179,11 +209,25 @@ def test_no_process_outlives_a_killed_host(folder: Path, seen: dict[str, Any]) -
     assert all(is_gone(pid, within_s=30) for pid in seen["pids"])
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton has no build for this machine")
+def test_the_model_runner_of_gpus_scores_alike(tmp_path: Path) -> None:
+    """vLLM's V2, its kernels in Triton's interpreter."""
+    here = Path(__file__).parent
+    environment = os.environ | {
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": f"{here / 'v2_runner'}{os.pathsep}{here.parent}",
+    }
+    command = [sys.executable, "-m", "tests.vllm_host", str(tmp_path), "float32"]
+    subprocess.run(command, check=True, env=environment, timeout=500)
+    assert (tmp_path / "runner").read_text() == "V2"
+    assert_same(load(tmp_path / "llama.npz"), reference(tmp_path / "llama", K + 1))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_bfloat16_on_a_gpu_is_near_float32_of_the_reference(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "tests.vllm_host", str(tmp_path), "bfloat16"], check=True)
-    for answer, want in zip(load(tmp_path / "llama.npz"), reference(tmp_path / "llama"), strict=True):
-        assert answer.top_ids.shape == want.top_ids.shape
-        if len(want.gold_logprobs):
-            assert np.abs(answer.gold_logprobs - want.gold_logprobs).mean() < 0.05
+    answers, wanted = load(tmp_path / "llama.npz"), reference(tmp_path / "llama")
+    assert [a.top_ids.shape for a in answers] == [w.top_ids.shape for w in wanted]
+    assert mean_difference(answers, wanted) < 0.05

@@ -2,7 +2,7 @@
 
 `python -m tests.vllm_host FOLDER` builds tiny models under FOLDER, writes what the engines answered to
 `<architecture>.npz` and everything else that was seen to `seen.json`, and then waits to be killed with an
-engine alive. With `bfloat16` after it, one engine answers in that dtype and that is all. vLLM changes its
+engine alive. With a dtype after it, one engine answers in that dtype, and that is all. vLLM changes its
 process (environment, logging, threads), so pytest's own stays clear of it.
 """
 
@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ import transformers
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from fusellm_ray.config import TeacherConfig
+from fusellm_ray.config import Resources, TeacherConfig
 from fusellm_ray.models import ModelFacts
 from fusellm_ray.teachers.engine import Scores
 
@@ -60,14 +61,14 @@ def build(architecture: str, folder: Path, vocab_size: int = VOCAB) -> Path:
     return folder
 
 
-def build_adapter(model: Path, folder: Path, merged: Path) -> Path:
-    """Save a LoRA adapter of the query projections in PEFT's format, and the model with it merged in."""
+def build_adapter(model: Path, folder: Path, merged: Path, module: str = "q_proj") -> Path:
+    """Save a LoRA adapter of one kind of projection in PEFT's format, and the model with it merged in."""
     rank, alpha = 3, 6
     adapter = {}
     causal_lm = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in causal_lm.named_parameters():
-        if name.endswith("q_proj.weight"):
+        if name.endswith(f"{module}.weight"):
             a = torch.randn(rank, parameter.shape[1], generator=generator) * 0.3
             b = torch.randn(parameter.shape[0], rank, generator=generator) * 0.3
             stem = f"base_model.model.{name.removesuffix('.weight')}"
@@ -79,7 +80,7 @@ def build_adapter(model: Path, folder: Path, merged: Path) -> Path:
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": ["q_proj"],
+        "target_modules": [module],
         "bias": "none",
     }
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -93,8 +94,12 @@ def prompts() -> list[NDArray[np.int32]]:
 
 
 def teacher(name: str, model: Path, **engine: Any) -> TeacherConfig:
+    from vllm.platforms import current_platform
+
     settings = {"type": "vllm", "dtype": "float32", "max_num_batched_tokens": 64, "max_num_seqs": 4, **engine}
-    return TeacherConfig.model_validate({"name": name, "model": str(model), "top_k": K, "engine": settings})
+    resources = {"num_gpus": 0 if current_platform.is_cpu() else 1}
+    tree = {"name": name, "model": str(model), "top_k": K, "engine": settings, "resources": resources}
+    return TeacherConfig.model_validate(tree)
 
 
 def save(path: Path, scores: list[Scores]) -> None:
@@ -116,12 +121,32 @@ async def error_of(answer: Any) -> str:
     return "no error"
 
 
-async def answer_in_bfloat16(folder: Path) -> None:
+async def answer_in(dtype: str, folder: Path) -> None:
     from fusellm_ray.teachers.vllm import VllmScorer
 
-    engine = VllmScorer(teacher("half", build("llama", folder / "llama"), dtype="bfloat16"))
+    engine = VllmScorer(teacher("one", build("llama", folder / "llama"), dtype=dtype))
     save(folder / "llama.npz", await engine.score(prompts(), K))
+    (folder / "runner").write_text("V2" if engine._engine.vllm_config.use_v2_model_runner else "V1")
     await engine.stop()
+
+
+def turns_on_a_gpu() -> list[str]:
+    """Who starts when, of two that share one."""
+    from fusellm_ray.teachers.vllm import _alone_on_gpu
+
+    turns = []
+
+    def start() -> None:
+        with _alone_on_gpu(0.5):
+            turns.append("second starts")
+
+    second = threading.Thread(target=start)
+    with _alone_on_gpu(0.5):
+        second.start()
+        second.join(0.5)
+        turns.append("first has started")
+    second.join()
+    return turns
 
 
 async def main(folder: Path) -> None:
@@ -210,9 +235,26 @@ async def main(folder: Path) -> None:
 
     # With the model in a process of its own below the engine core's, as on several GPUs.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-    model = build("qwen2", folder / "qwen2")
+    # An untied Llama has a head that vLLM could adapt, and must not.
+    model = build("llama", folder / "plain")
     adapter = build_adapter(model, folder / "adapter", merged=folder / "merged")
-    engine = VllmScorer(teacher("third", model, lora=str(adapter)))
+    head = build_adapter(model, folder / "head", merged=folder / "merged_head", module="lm_head")
+    try:
+        engine_args(teacher("args", folder, lora=str(head)), FACTS)
+    except Exception as error:
+        seen["adapted_head"] = f"{type(error).__name__}: {error}"
+    with mock.patch.object(type(current_platform), "is_cpu", return_value=False):
+        for resources, where in ({"num_gpus": 0}, "no_gpu"), ({"num_gpus": 1}, "float32_adapter"):
+            tried = teacher("args", folder, lora=str(adapter)).model_copy(
+                update={"resources": Resources.model_validate(resources)}
+            )
+            try:
+                engine_args(tried, FACTS)
+            except Exception as error:
+                seen[where] = f"{type(error).__name__}: {error}"
+    seen["turns"] = turns_on_a_gpu()
+    half = {} if current_platform.is_cpu() else {"dtype": "bfloat16"}
+    engine = VllmScorer(teacher("third", model, lora=str(adapter), **half))
     save(folder / "merged.npz", await engine.score(prompts(), K))
     seen["pids"] = children()
     (folder / "seen.json").write_text(json.dumps(seen))
@@ -221,4 +263,5 @@ async def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run((answer_in_bfloat16 if "bfloat16" in sys.argv else main)(Path(sys.argv[1])))
+    own_folder, *wanted = sys.argv[1:]
+    asyncio.run(answer_in(wanted[0], Path(own_folder)) if wanted else main(Path(own_folder)))

@@ -18,8 +18,10 @@ V1 runner (CPUs, and GPUs without Triton) holds those of one prompt's part of a 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import difflib
+import fcntl
 import functools
 import inspect
 import itertools
@@ -28,7 +30,9 @@ import logging
 import math
 import multiprocessing
 import os
-from collections.abc import Sequence
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
 from multiprocessing import spawn
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -38,6 +42,7 @@ from unittest import mock
 import numpy as np
 import psutil
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
 from fusellm_ray.config import TeacherConfig, VllmEngine
 from fusellm_ray.errors import ConfigError, EngineError, ModelError
@@ -78,11 +83,13 @@ _OWN_KEYS = {
     "gpu_memory_utilization": "engine.gpu_memory_utilization",
     "enable_lora": "engine.lora",
     "max_lora_rank": "engine.lora",
+    "lora_target_modules": "engine.lora",
     "data_parallel_size": "replicas",
 }
 """vLLM's arguments that have a key of their own in a teacher's config."""
 _FIXED = {
     "enable_prefix_caching": "a cached prefix has no logprobs",
+    "kv_sharing_fast_prefill": "it skips positions whose logprobs are wanted",
     "logprobs_mode": "distributions are log softmax of raw logits",
     "runner": "prompts are scored by a generating model",
 }
@@ -144,7 +151,8 @@ class VllmScorer:
         self._request_ids = itertools.count()
         self._is_tested = False
         self._is_stopped = False
-        self._start(args, [_ray_stat_logger()] if teacher.engine.metrics else None)
+        with _alone_on_gpu(teacher.resources.num_gpus):
+            self._start(args, [_ray_stat_logger()] if teacher.engine.metrics else None)
         self.vocab_size: int = self._engine.model_config.get_vocab_size()
         self.max_context: int = self._engine.model_config.max_model_len - 1
         self.model_cpu_s = math.nan  # the engine core is a process of its own
@@ -314,11 +322,14 @@ def engine_args(teacher: TeacherConfig, facts: ModelFacts) -> AsyncEngineArgs:
     engine = teacher.engine
     assert isinstance(engine, VllmEngine)
     _check_args(teacher.name, engine.args)
+    _check_device(teacher, engine)
     args: dict[str, Any] = {
         "model": os.path.expanduser(teacher.model),
         "revision": teacher.revision,
         "trust_remote_code": teacher.trust_remote_code,
+        "config_format": "hf",
         "load_format": "safetensors",
+        "language_model_only": True,
         "dtype": engine.dtype,
         "skip_tokenizer_init": True,
         "max_model_len": facts.max_context,
@@ -334,10 +345,27 @@ def engine_args(teacher: TeacherConfig, facts: ModelFacts) -> AsyncEngineArgs:
     if engine.tensor_parallel_size > 1:
         args["distributed_executor_backend"] = "mp"
     if engine.lora:
-        args |= {"enable_lora": True, "max_lora_rank": _lora_rank(engine.lora)}
+        args |= _lora_args(engine.lora)
     if current_platform.is_cpu():
         args |= {"enforce_eager": True, "kv_cache_memory_bytes": _CPU_KV_CACHE_BYTES}
     return AsyncEngineArgs(**(args | engine.args))
+
+
+def _check_device(teacher: TeacherConfig, engine: VllmEngine) -> None:
+    """Refuse what vLLM's build for GPUs cannot do, or would do behind Ray's back."""
+    if current_platform.is_cpu():
+        return
+    where = f"teacher {teacher.name}"
+    if not teacher.resources.num_gpus and not engine.asks_ray_itself:
+        raise ConfigError(
+            f"{where}: resources.num_gpus=0, and this build of vLLM computes on GPUs, of which it would take one that "
+            f"Ray gives to others too; set it to {engine.num_ranks}"
+        )
+    if engine.lora and engine.dtype == "float32":
+        raise ConfigError(
+            f"{where}: vLLM's LoRA on GPUs computes in half precision only, and engine.dtype=float32; set it to "
+            "bfloat16, or merge the adapter into the model"
+        )
 
 
 def _step_tokens(teacher: TeacherConfig, facts: ModelFacts) -> int:
@@ -385,6 +413,21 @@ def _spare_bytes(teacher: TeacherConfig, facts: ModelFacts) -> int:
     return int(current_platform.get_device_total_memory() * (share - engine.gpu_memory_utilization))
 
 
+@contextlib.contextmanager
+def _alone_on_gpu(num_gpus: float) -> Iterator[None]:
+    """Let replicas that share a GPU start one after another: each takes memory that goes meanwhile for its own."""
+    if not 0 < num_gpus < 1:
+        yield
+        return
+    name = f"fusellm_ray_{os.getuid()}_gpu_{os.environ.get('CUDA_VISIBLE_DEVICES', '')}.lock"
+    file = os.open(Path(tempfile.gettempdir()) / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
+
+
 def check_settings(name: str, engine: VllmEngine) -> None:
     """Refuse what `VllmScorer` would refuse of a teacher's engine, before anything starts.
 
@@ -394,7 +437,7 @@ def check_settings(name: str, engine: VllmEngine) -> None:
     """
     _check_args(name, engine.args)
     if engine.lora:
-        _lora_rank(engine.lora)
+        _lora_args(engine.lora)
 
 
 def _check_args(name: str, args: dict[str, Any]) -> None:
@@ -442,18 +485,37 @@ def _set_environment(engine: VllmEngine) -> None:
             os.environ.setdefault(key, value)
 
 
-def _lora_rank(folder: str) -> int:
+def _lora_args(folder: str) -> dict[str, Any]:
+    """vLLM's arguments for an adapter.
+
+    Raises:
+        ModelError: it is not there, or vLLM would not apply all of it.
+    """
     path = Path(folder).expanduser() / "adapter_config.json"
     if not path.is_file() or not path.with_name("adapter_model.safetensors").is_file():
         raise ModelError(
             f"adapter {folder}: expected adapter_config.json and adapter_model.safetensors in this folder; "
             "give one that PEFT's save_pretrained wrote"
         )
+    try:
+        with safe_open(path.with_name("adapter_model.safetensors"), framework="np") as file:
+            modules = {re.split(r"\.lora_|\.weight$", key)[0].rpartition(".")[2] for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ModelError(f"adapter {folder}: its weights cannot be read ({error}); copy it again") from error
+    at_ends = modules & {"embed_in", "embed_out", "embed_tokens", "lm_head", "wte"}
+    if at_ends:  # of the positions of a prompt, vLLM adapts the logits of one
+        raise ModelError(
+            f"adapter {folder}: it changes {', '.join(sorted(at_ends))}, which vLLM would apply to some positions "
+            "only; merge it into the model"
+        )
     rank = json.loads(path.read_text())["r"]
-    for allowed in (1, 8, 16, 32, 64, 128, 256, 320, 512):
-        if rank <= allowed:
-            return allowed
-    raise ModelError(f"adapter {folder}: rank {rank} exceeds what vLLM takes (512); merge it into the model")
+    allowed = next((n for n in (1, 8, 16, 32, 64, 128, 256, 320, 512) if rank <= n), None)
+    if allowed is None:
+        raise ModelError(
+            f"adapter {folder}: rank {rank} exceeds what vLLM takes (512); merge it into the model"
+        )
+    # Of all that could be adapted vLLM would wrap the head too, and then fail on several prompts.
+    return {"enable_lora": True, "max_lora_rank": allowed, "lora_target_modules": sorted(modules)}
 
 
 def _lora_request(folder: str) -> LoRARequest:
