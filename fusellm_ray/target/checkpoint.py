@@ -84,9 +84,8 @@ def write_checkpoint(
             writer = HuggingFaceStorageWriter(
                 str(directory), fqn_to_index_mapping=_file_numbers(tensors), save_distributed=True
             )
-            writer.per_thread_copy_ahead = (
-                0  # what is on the CPU needs no stream, which would take memory of a GPU
-            )
+            # What is on the CPU already needs no stream, for which this thread would take memory of the first GPU.
+            writer.per_thread_copy_ahead = 0
             dcp.save(
                 tensors,
                 storage_writer=writer,

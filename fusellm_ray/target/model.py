@@ -156,9 +156,7 @@ def _shard(model: HeadedModel, config: TargetConfig, mesh: DeviceMesh) -> None:
     model.register_forward_hook(_reshard_after_inference)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            if (
-                mesh.size() > 1
-            ):  # of one rank nothing is divided, and the factor would take a copy of the gradients
+            if mesh.size() > 1:  # one rank divides nothing, and would copy its gradients for the factor
                 module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other reduction with a factor
             if mesh.device_type == "cpu":
