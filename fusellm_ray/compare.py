@@ -396,7 +396,7 @@ def _content(study: Study, arm: Arm) -> Any:
             if source["path"] is not None:
                 source["path"] = os.path.realpath(source["path"])
                 with contextlib.suppress(CorpusError):  # of files that are not there, training says so
-                    source["files"] = find_files(source["path"], source["format"], source["field"])[0]
+                    source["files"] = find_files(source["path"], source["format"])[0]
             else:
                 source["dataset"] = _resolved(source["dataset"])
         return tree

@@ -105,12 +105,6 @@ def test_an_explicit_format_picks_a_folders_files(tmp_path: Path) -> None:
     assert texts_of(corpus.documents(0, 1), 2) == ["record", "record"]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_field_of_text_files_is_refused(tmp_path: Path, streaming: bool) -> None:
-    (tmp_path / "a.txt").write_text("whole")
-    fails("has no field 'body'", {"path": str(tmp_path), "field": "body", "streaming": streaming})
-
-
 @pytest.mark.parametrize("name", ["a.csv", "a.tar.gz", "B.ARROW"])
 def test_a_file_of_a_format_that_is_not_read_is_refused_unless_it_is_called_text(
     tmp_path: Path, name: str

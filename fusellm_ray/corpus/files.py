@@ -54,17 +54,14 @@ class Record(NamedTuple):
     """Line of a JSONL file or row of a Parquet file, from 1; 0 for a text file, which is one record."""
 
 
-def find_files(
-    path: str, wanted: Literal["auto"] | FileFormat, field: str
-) -> tuple[tuple[FileVersion, ...], FileFormat]:
+def find_files(path: str, wanted: Literal["auto"] | FileFormat) -> tuple[tuple[FileVersion, ...], FileFormat]:
     """The files at `path` (a file, a folder, or a glob pattern), sorted, and their one format.
 
     A folder is read with its subfolders, without hidden files. An explicit format takes the files of a folder
     that have its ending (any file, for text).
 
     Raises:
-        CorpusError: nothing is there, formats are mixed, the format is to be found and is none that is read, or it
-            knows no `field`.
+        CorpusError: nothing is there, formats are mixed, or the format is to be found and is none that is read.
     """
     place = Path(path).expanduser()
     if any((place / name).is_file() for name in ("state.json", "dataset_dict.json")):
@@ -101,11 +98,6 @@ def find_files(
                 f"path {path!r}: holds files of several formats ({mixed}); set format, or a glob pattern"
             )
         (wanted,) = counts
-    if wanted == "text" and field != "text":
-        raise CorpusError(
-            f"path {path!r}: a text file is one document and has no field {field!r}; leave field out, or set format to "
-            "jsonl or parquet"
-        )
     versions = tuple(FileVersion(str(p), (s := p.stat()).st_size, s.st_mtime_ns) for p in found)
     return versions, wanted
 

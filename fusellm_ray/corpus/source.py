@@ -288,7 +288,7 @@ class StreamSource:
         self._shards: WeakSet[_StreamShard] = WeakSet()
         self._windows: dict[int, _Window] = {}  # by epoch
         if config.path is not None:
-            files, self._format = find_files(config.path, config.format, config.field)
+            files, self._format = find_files(config.path, config.format)
             self._files = files
         else:
             self._dataset = _load_dataset(config)
@@ -424,7 +424,7 @@ def _open_source(config: SourceConfig) -> ArrowSource | StreamSource:
         if config.streaming:
             return StreamSource(config)
         if config.path is not None:
-            files, file_format = find_files(config.path, config.format, config.field)
+            files, file_format = find_files(config.path, config.format)
             arguments: dict[str, Any] = {"files": files, "file_format": file_format, "field": config.field}
             if next(read_records(**arguments), None) is None:
                 raise CorpusError(f"path {config.path!r}: no document with any text")
