@@ -89,7 +89,7 @@ def differentiate(logits: Tensor, chunk: Batch, config: ObjectiveConfig) -> tupl
     """
     gathered, top, outside = outside_mass(logits, chunk.slots)
     if chunk.segment is not None:
-        _, total = _masses(gathered, top, outside, chunk)
+        _, total = _masses(gathered, top, outside, chunk.log_p.isfinite())
         clm = top + total.log() - gathered[:, 0]
         chunk = replace(chunk, listened=chunk.listened & ~is_overtaken(clm, chunk))
     compare = _compare_slots_at_once if has_kernels(logits) else _compare_slots
@@ -131,7 +131,7 @@ def _compare_slots(
         exp(logits − top) becomes the gradient outside of them)
     """
     inside = chunk.log_p.isfinite()
-    tail, total = _masses(gathered, top, outside, chunk)
+    tail, total = _masses(gathered, top, outside, inside)
     log_q = gathered - (top + total.log())[:, None]
     log_tail = (tail / total).clamp(min=_LEAST_MASS).log()
     fusion, slope, tail_slope = _divergence(chunk, log_q, log_tail, inside, vocab_size, config)
@@ -149,13 +149,12 @@ def _compare_slots(
     return -log_q[:, 0], torch.where(chunk.listened, fusion, 0.0), values, sparse / total
 
 
-def _masses(gathered: Tensor, top: Tensor, outside: Tensor, chunk: Batch) -> tuple[Tensor, Tensor]:
+def _masses(gathered: Tensor, top: Tensor, outside: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     """Mass outside the support and in all, both [C], relative to exp(top).
 
     Summing what is outside, not subtracting what is inside from 1, keeps a confident target's tail, and with
     it its gradient, accurate.
     """
-    inside = chunk.log_p.isfinite()
     masses = (gathered - top[:, None]).exp()
     tail = outside + masses[:, 0].masked_fill(inside[:, 0], 0.0)
     return tail, tail + masses.masked_fill(~inside, 0.0).sum(1)
